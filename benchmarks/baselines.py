@@ -1,0 +1,33 @@
+"""What a kernel is compared with: its own reference, run eagerly and by torch.compile.
+
+    attend = provide("compile", ours=slot_attention, reference=slot_attention_reference)
+
+Peers from other packages belong in the benchmark file of the op they compute, imported inside the test with
+`pytest.importorskip`, so that a machine without them still runs the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+PROVIDERS = ("eager", "compile", "ours")
+
+
+def provide(provider: str, *, ours: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The callable that `provider` names: the public op, or its reference eagerly or compiled.
+
+    Skips the test for "compile" on a CPU, where the first call takes 12 s and nothing is learned.
+    Raises ValueError for a name not in PROVIDERS.
+    """
+    if provider == "ours":
+        return ours
+    if provider == "eager":
+        return reference
+    if provider == "compile":
+        if not torch.cuda.is_available():
+            pytest.skip("torch.compile is timed on GPUs only")
+        torch._dynamo.reset()  # else a new shape compiles a dynamic-shape kernel, slower than the one it stands for
+        return torch.compile(reference, dynamic=False)
+    raise ValueError(f"provider={provider!r}; choose one of {', '.join(PROVIDERS)}")

@@ -1,0 +1,250 @@
+"""The `bench` fixture: time one call the same way everywhere and say what share of the hardware it uses.
+
+    import pytest
+    from benchmarks.baselines import PROVIDERS, provide
+    from eclip.kernels.slot_attention import slot_attention, slot_attention_reference
+
+    @pytest.mark.parametrize("provider", PROVIDERS)                       # "eager", "compile", "ours"
+    def test_forward(bench, provider):
+        b, n, t, d = bench.pick(gpu=(4096, 196, 20, 768), cpu=(4, 49, 20, 64))
+        q, k, v = bench.randn(b, t, d), bench.randn(b, n, d), bench.randn(b, n, d)    # bench.device, bench.dtype
+        attend = provide(provider, ours=slot_attention, reference=slot_attention_reference)
+        bench(
+            lambda: attend(q, k, v),
+            op="slot_attention forward", provider=provider, shape=f"B={b} N={n} T={t} D={d}",
+            bytes=(2 * b * n * d + 2 * b * t * d) * bench.dtype.itemsize,     # least traffic to and from memory
+            flops=4 * b * n * t * d,                                          # least arithmetic, dense
+        )
+
+For a backward pass use `bench.backward(function, *inputs)`: a callable that runs forward and backward and returns the
+gradients, `.grad` untouched. `bench(...)` returns what the call returned, so a benchmark may check or note an error:
+keyword arguments it does not know (`error=1e-3`) become columns of the record. One `bench(...)` call a test.
+
+What is measured. On a GPU: device time between two CUDA events around one replay of a CUDA graph of the call (plain
+launches with `graph=False`, or where capture fails; the row says which), the L2 cache overwritten before each of
+`rounds` rounds, after `warmup` calls; peak memory is what one call allocates above its inputs. Bandwidth and bf16
+matmul rate are measured in the same session, and `share` = (the larger of bytes / bandwidth and flops / rate) / median
+time: 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few rounds, small shapes, no
+roofline: such a row shows that the benchmark runs and nothing else, and says so.
+
+Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python benchmarks/report.py` makes the tables.
+"""
+
+import datetime
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"
+
+
+class CudaTime:
+    """A point in the GPU's time; the difference of two is seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, start: "CudaTime") -> float:
+        self.event.synchronize()
+        return start.event.elapsed_time(self.event) / 1e3
+
+
+def cuda_clock() -> CudaTime:
+    """pytest-benchmark's timer on a GPU."""
+    return CudaTime()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=cuda_clock))
+
+
+def capture(call: Callable[[], Any], warmup: int) -> tuple[Callable[[], Any], str]:
+    """Warm `call` up and capture it in a CUDA graph. Returns (replay or the call itself, how it is launched)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return call, f"launches (capture failed: {str(error).splitlines()[0][:80]})"
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay, "graph"
+
+
+def median_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
+    """Median device time of one replay of `call`."""
+    replay, _ = capture(call, warmup=3)
+    spans = []
+    for _ in range(rounds):
+        start = cuda_clock()
+        replay()
+        spans.append(cuda_clock() - start)
+    return sorted(spans)[rounds // 2]
+
+
+def measure_roofline() -> dict[str, Any]:
+    """Bandwidth of a 1 GiB copy and rate of an 8192^3 bf16 matmul of random data, on the current GPU."""
+    source = torch.empty(2**29, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy = median_seconds(lambda: target.copy_(source))
+    a, b = source[: 2**26].view(8192, 8192), source[2**26 : 2**27].view(8192, 8192)
+    out = target[: 2**26].view(8192, 8192)
+    matmul = median_seconds(lambda: torch.mm(a, b, out=out))
+    return {"copy_bytes_per_s": 2 * source.nbytes / copy, "matmul_flops_per_s": 2 * 8192**3 / matmul}
+
+
+class Bench:
+    """See the top of this file."""
+
+    device = torch.device("cuda" if ON_GPU else "cpu")
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    gpu = ON_GPU
+
+    def __init__(self, benchmark: Any, roofline: dict[str, float], flush: Tensor | None) -> None:
+        self._benchmark = benchmark
+        self._roofline = roofline
+        self._flush = flush
+
+    def pick(self, *, gpu: Any, cpu: Any) -> Any:
+        """The shape to use here: CPU shapes must run in well under a second."""
+        return gpu if ON_GPU else cpu
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
+        """Standard normal data on the device, the same each session. Zeros would flatter: they toggle no wires."""
+        generator = torch.Generator(self.device).manual_seed(seed + sum(shape))
+        data = torch.randn(*shape, device=self.device, dtype=torch.float32, generator=generator)
+        return data.to(dtype or self.dtype)
+
+    def backward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that runs function(*inputs) forward and backward and returns the gradients of the inputs."""
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        wanted = [x for x in leaves if x.requires_grad]
+        with torch.no_grad():
+            seed = torch.randn_like(function(*leaves))
+
+        def call() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(function(*leaves), wanted, seed)
+
+        return call
+
+    def __call__(
+        self,
+        call: Callable[[], Any],
+        *,
+        op: str,
+        provider: str,
+        shape: str,
+        bytes: int | None = None,
+        flops: int | None = None,
+        dtype: torch.dtype | None = None,
+        rounds: int | None = None,
+        warmup: int = 3,
+        graph: bool = True,
+        **columns: float | str,
+    ) -> Any:
+        """Time `call` and record a row; returns what the call returned. See the top of this file."""
+        info = self._benchmark.extra_info
+        info.update(op=op, provider=provider, shape=shape, dtype=str(dtype or self.dtype).removeprefix("torch."))
+        info.update(bytes=bytes, flops=flops, **columns)
+        if not ON_GPU:
+            info.update(device="cpu", timing="wall clock", note=CPU_NOTE)
+            result = self._benchmark.pedantic(call, rounds=rounds or 3, warmup_rounds=1)
+        else:
+            call()  # compiles, and fills the allocator's caches
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = call()
+            torch.cuda.synchronize()
+            info.update(device=torch.cuda.get_device_name(), peak_bytes=torch.cuda.max_memory_allocated() - before)
+            del result
+            replay, timing = capture(call, warmup) if graph else (call, "launches")
+            info.update(timing=timing)
+            # The flush also keeps the GPU busy while the CPU enqueues the round: no launch gap between the events.
+            result = self._benchmark.pedantic(replay, setup=self._overwrite_l2, rounds=rounds or 30, warmup_rounds=warmup)
+        if self._benchmark.stats:
+            self._rate(self._benchmark.stats.stats.median, bytes, flops, info)
+        return result
+
+    def _overwrite_l2(self) -> None:
+        assert self._flush is not None
+        self._flush.zero_()
+
+    def _rate(self, seconds: float, bytes: int | None, flops: int | None, info: dict[str, Any]) -> None:
+        info["seconds"] = seconds
+        if bytes:
+            info["gb_per_s"] = bytes / seconds / 1e9
+        if flops:
+            info["tflop_per_s"] = flops / seconds / 1e12
+        if self._roofline and (bytes or flops):
+            memory = (bytes or 0) / self._roofline["copy_bytes_per_s"]
+            compute = (flops or 0) / self._roofline["matmul_flops_per_s"]
+            info.update(share=max(memory, compute) / seconds, bound="memory" if memory > compute else "compute")
+
+
+ROOFLINE = pytest.StashKey[dict[str, Any]]()
+
+
+@pytest.fixture(scope="session")
+def roofline(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """{"copy_bytes_per_s", "matmul_flops_per_s"} of this GPU in this session; {} on a CPU."""
+    measured = measure_roofline() if ON_GPU else {}
+    request.config.stash[ROOFLINE] = measured
+    return measured
+
+
+@pytest.fixture(scope="session")
+def _flush() -> Iterator[Tensor | None]:
+    # Four times the 60 MB of an H200's L2: what the previous round read is gone.
+    yield torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if ON_GPU else None
+
+
+@pytest.fixture
+def bench(benchmark: Any, roofline: dict[str, float], _flush: Tensor | None) -> Bench:
+    """Time one call; see the top of this file."""
+    return Bench(benchmark, roofline, _flush)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(versions())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    output_json["roofline"] = config.stash.get(ROOFLINE, {})
+
+
+def versions() -> dict[str, str]:
+    """Device, package versions, commit and date: without them a number means nothing."""
+    found = {"device": torch.cuda.get_device_name() if ON_GPU else "cpu", "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = "none"
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        found["commit"] = git.stdout.strip() or "unknown"
+    except FileNotFoundError:
+        found["commit"] = "unknown"
+    found["date"] = datetime.date.today().isoformat()
+    return found

@@ -1,0 +1,144 @@
+"""Turn pytest-benchmark's JSON files into one Markdown page and one JSON file.
+
+    python benchmarks/report.py --out benchmarks/results [--tests tests.xml] a.json b.json ...
+
+Writes <device>_<date>.md and .json. A row is one benchmark; `x eager` is the eager reference's median over the row's,
+within one op, shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently.
+"""
+
+import argparse
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, float], list[str]]:
+    """Rows, the machine, the best roofline of the sessions, and remarks on files without rows."""
+    rows: list[Row] = []
+    machine: dict[str, Any] = {}
+    roofline: dict[str, float] = {}
+    remarks = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            remarks.append(f"{path.stem}: no result ({type(error).__name__}); it was stopped by the time limit, or failed")
+            continue
+        machine.update(record.get("machine_info", {}))
+        for name, value in record.get("roofline", {}).items():
+            roofline[name] = max(value, roofline.get(name, 0.0))
+        found = [{"name": b["fullname"], **_spread(b["stats"]), **b["extra_info"]} for b in record.get("benchmarks", [])]
+        if not found:
+            remarks.append(f"{path.stem}: no benchmark ran")
+        rows += found
+    eager = {_cell(r): r["seconds"] for r in rows if r.get("provider") == "eager"}
+    for row in rows:
+        if _cell(row) in eager:
+            row["speedup"] = eager[_cell(row)] / row["seconds"]
+    return rows, machine, roofline, remarks
+
+
+def _cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(k) for k in ("op", "shape", "dtype"))
+
+
+def _spread(stats: dict[str, float]) -> Row:
+    return {"seconds": stats["median"], "iqr": stats["iqr"], "rounds": stats["rounds"]}
+
+
+COLUMNS = {
+    "provider": lambda r: r.get("provider", r["name"]),
+    "shape": lambda r: r.get("shape", ""),
+    "dtype": lambda r: r.get("dtype", ""),
+    "median": lambda r: f"{_time(r['seconds'])} ± {_time(r['iqr'])}",
+    "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
+    "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
+    "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}" if "tflop_per_s" in r else "",
+    "share": lambda r: f"{r['share']:.0%} ({r['bound']})" if "share" in r else "",
+    "peak memory": lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in r else "",
+    "timed as": lambda r: r.get("timing", ""),
+}
+STANDARD = {
+    *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds", "name"),
+    *("gb_per_s", "tflop_per_s", "share", "bound", "peak_bytes", "speedup"),
+}
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def table(rows: list[Row]) -> str:
+    """One Markdown table; columns that are empty everywhere are left out, a benchmark's own columns come last."""
+    own = dict.fromkeys(k for r in rows for k in r if k not in STANDARD)
+    cells = {name: [cell(r) for r in rows] for name, cell in COLUMNS.items()}
+    cells |= {k: [f"{v:.3g}" if isinstance(v := r.get(k, ""), float) else str(v) for r in rows] for k in own}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tests_line(path: Path | None) -> str:
+    """One line on the tests' JUnit file: counts, and the names of those that failed."""
+    if path is None or not path.exists():
+        return "Tests marked `gpu`: no result (not run, or stopped by the time limit)."
+    suite = ElementTree.parse(path).getroot().find("testsuite")
+    if suite is None:
+        return "Tests marked `gpu`: no result."
+    count = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
+    bad = [f"`{c.get('classname')}::{c.get('name')}`" for c in suite if c.find("failure") is not None or c.find("error") is not None]
+    line = f"Tests marked `gpu`: {passed} passed, {count['failures'] + count['errors']} failed, {count['skipped']} skipped."
+    return line + (f" Failed: {', '.join(bad)}." if bad else "")
+
+
+def page(rows: list[Row], machine: dict[str, Any], roofline: dict[str, float], remarks: list[str], tests: str) -> str:
+    """The whole Markdown page."""
+    device = machine.get("device", "unknown device")
+    lines = [f"# {device}, {machine.get('date', 'no date')}", ""]
+    lines += [
+        f"torch {machine.get('torch')}, triton {machine.get('triton')}, Python {machine.get('python_version')}, "
+        f"commit {machine.get('commit')}. {tests}",
+        "",
+    ]
+    if roofline:
+        lines += [
+            f"Measured in the same sessions: copy {roofline['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul "
+            f"{roofline['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s (dense, random data). `share` is the least time that "
+            "these two allow over the median; `±` is the interquartile range.",
+            "",
+        ]
+    else:
+        lines += ["On a CPU, small shapes: these rows show that the benchmarks run. No roofline is claimed.", ""]
+    for op in dict.fromkeys(r.get("op", "other") for r in rows):
+        lines += [f"## {op}", "", table([r for r in rows if r.get("op", "other") == op]), ""]
+    lines += [f"- {remark}" for remark in remarks]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("files", nargs="*", type=Path, help="files written by pytest --benchmark-json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder to write to")
+    parser.add_argument("--tests", type=Path, help="JUnit file of the tests marked gpu")
+    args = parser.parse_args()
+    rows, machine, roofline, remarks = read(args.files)
+    text = page(rows, machine, roofline, remarks, tests_line(args.tests))
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}")
+    (args.out / f"{name}.md").write_text(text)
+    keep = {"machine": machine, "roofline": roofline, "remarks": remarks, "rows": rows}
+    (args.out / f"{name}.json").write_text(json.dumps(keep, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Facts of a catalogue product and the ways they are told: titles, titles by language, attributes.
+
+Every title states facts that hold for the SKU it belongs to (name, colour, size, tags, category) and nothing else; a
+title uses a random subset of them in a random template, as titles of one product by different sellers do.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogSku:
+    """One colour variant of a product. `views` are names of RGBA images in the archive, `size_cm` width, depth, height."""
+
+    sku: str
+    colour: str
+    recoloured: bool
+    size_cm: tuple[float, float, float]
+    views: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogProduct:
+    """One 3D model of the embedded catalogue with its colour variants, the original first."""
+
+    product: str
+    name: str
+    names: Mapping[str, str]
+    category: str
+    tags: tuple[str, ...]
+    creator: str
+    skus: tuple[CatalogSku, ...]
+
+
+# Names that speak of the 3D file ("rigged" for animation) or are no English; the rest are used as they are.
+_NAMES = {
+    "Rigged fan": "Fan",
+    "Locked locker": "Locker",
+    "Toilets unit": "Toilet",
+    "Number lock": "Combination lock",
+    "Child hut": "Playground hut",
+    "Motorbike": "Spring motorbike",
+}
+# English puts the head last ("oak chair"), except here.
+_HEADS = {
+    "Shower head and faucet": "shower head",
+    "Hot dog": "hot dog",
+    "Cup cake": "cup cake",
+    "Rocking horse": "rocking horse",
+    "Fork lift": "fork lift",
+    "White board": "white board",
+    "Apple iPhone": "phone",
+    "Wall light": "lamp",
+    "Couch": "sofa",
+    "Large fridge": "refrigerator",
+    "Wardrobe": "cupboard",
+    "Bookcase": "shelves",
+    "Crate": "box",
+    "Flacon": "bottle",
+}
+# "Blend Swap" is where the model came from; the others repeat the category or are wrong for the object seen.
+_NOT_TOLD = {"blend swap", "outdoor", "adjustable"}
+_BUCKETS = ((12.0, "tiny"), (40.0, "small"), (90.0, "medium"), (160.0, "large"), (float("inf"), "very large"))
+_ROOMS = {"Living room", "Kitchen", "Bedroom", "Bathroom", "Office"}
+
+
+def product_name(product: CatalogProduct) -> str:
+    """The English name as shops would print it."""
+    return _NAMES.get(product.name, product.name)
+
+
+def head_noun(product: CatalogProduct) -> str:
+    """What kind of thing it is, in lower case: "Oak chair" -> "chair", "Table with tablecloth" -> "table"."""
+    if product.name in _HEADS:
+        return _HEADS[product.name]
+    return product_name(product).split(" with ")[0].split()[-1].lower()
+
+
+def size_bucket(size_cm: tuple[float, float, float]) -> str:
+    """tiny (< 12 cm), small (< 40), medium (< 90), large (< 160), very large, by the longest side."""
+    return next(name for limit, name in _BUCKETS if max(size_cm) < limit)
+
+
+def told_tags(product: CatalogProduct) -> list[str]:
+    """Tags that say something about the product, in lower case, without those already in its name or category."""
+    said = (product_name(product) + " " + product.category).lower()
+    return [t.lower() for t in product.tags if t.lower() not in _NOT_TOLD and t.lower() not in said]
+
+
+def _centimetres(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}".removesuffix(".0")
+
+
+def dimensions(size_cm: tuple[float, float, float]) -> str:
+    """Width x depth x height: "59 x 63 x 105 cm"."""
+    return " x ".join(_centimetres(v) for v in size_cm) + " cm"
+
+
+def longest_side(size_cm: tuple[float, float, float]) -> str:
+    """The longest side: "105 cm"."""
+    return f"{_centimetres(max(size_cm))} cm"
+
+
+def draw_title(product: CatalogProduct, sku: CatalogSku, rng: np.random.Generator) -> str:
+    """A title of one SKU. About five in six name the colour, half a size, a third a tag or the room."""
+    name, colour, category = product_name(product), sku.colour, product.category.lower()
+    low = name if name.split()[-1][:1].isupper() or name.isupper() else name.lower()
+    size = dimensions(sku.size_cm) if rng.random() < 0.4 else longest_side(sku.size_cm)
+    tags = told_tags(product)
+    tag = str(rng.choice(tags)) if tags else category
+    templates = [
+        f"{colour.capitalize()} {low}",
+        f"{colour.capitalize()} {low}, {size}",
+        f"{name}, {colour}, {size}",
+        f"{name} in {colour}",
+        f"{name} - {colour} - {size}",
+        f"{low} | {category} | {colour}",
+        f"{low} | {tag} | {colour} | {size}",
+        f"{name} ({colour}), {tag}",
+        f"{category.capitalize()}: {colour} {low}, {size}",
+        f"{name} {size} {colour}",
+        f"{name}, {size}",
+        f"{low} | {category} | {size}",
+    ]
+    if product.category in _ROOMS:
+        templates += [f"{colour.capitalize()} {low} for the {category}", f"{name} for the {category}, {colour}, {size}"]
+    return templates[int(rng.integers(len(templates)))]
+
+
+def names_colour(title: str, colour: str) -> bool:
+    """Whether a title tells the colour."""
+    return colour.lower() in title.lower().replace("|", " ").replace(",", " ").replace("(", " ").replace(")", " ").split()
+
+
+def product_title(product: CatalogProduct) -> str:
+    """The title that holds for every SKU: name, category, size, no colour."""
+    return f"{product_name(product)}, {product.category.lower()}, {dimensions(product.skus[0].size_cm)}"
+
+
+def titles_by_language(product: CatalogProduct) -> dict[str, str]:
+    """The catalogue's names in its 21 languages, each with the size, which needs no translation."""
+    size = dimensions(product.skus[0].size_cm)
+    return {language: f"{name}, {size}" for language, name in product.names.items()} | {"en": product_title(product)}
+
+
+def attributes(product: CatalogProduct) -> dict[str, Any]:
+    """Facts as labels: colour (of the original), colours (of all SKUs), category, size (bucket) and type (head noun)."""
+    return {
+        "colour": product.skus[0].colour,
+        "colours": sorted({s.colour for s in product.skus}),
+        "category": product.category,
+        "size": size_bucket(product.skus[0].size_cm),
+        "type": head_noun(product),
+    }
+
+
+def sku_facts(sku: CatalogSku) -> dict[str, Any]:
+    """What `Product.skus` keeps of one SKU."""
+    facts = dataclasses.asdict(sku)
+    del facts["views"], facts["sku"]
+    return facts | {"size": size_bucket(sku.size_cm)}

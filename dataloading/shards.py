@@ -1,0 +1,340 @@
+"""The index of a packed split: where every image lies in the tars, and the facts that sampling needs.
+
+Shards are plain WebDataset tars `<split>-000000.tar`, ...: a sample is a run of members sharing the part of their name
+before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers and the JSONs gives an
+index of about 50 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar changes.
+Images are then read by offset, one `pread` each, in any order and from any process.
+
+The scan is also the check before training: a missing, truncated or overwritten tar, an empty catalogue, a JSON without a
+title raise ValueError in one line that names the file and the rule.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .schema import SOURCES, ImageRecord, Product
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+_VERSION = 1
+_BLOCK = 512  # tar works in blocks of 512 bytes
+_OPEN_TARS = 256  # open files kept per process; 1024 is the usual limit
+Span = tuple[int, int]
+"""Offset and size in a tar, bytes."""
+
+
+def stable_hash(text: str) -> int:
+    """63-bit hash of a string, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class _Strings:
+    """Many strings as one UTF-8 blob: a list of Python strings costs 50 bytes each more, in every worker."""
+
+    def __init__(self, blob: NDArray[np.uint8], ends: NDArray[np.int64]):
+        self.blob, self.ends = blob, ends
+
+    @classmethod
+    def pack(cls, strings: Sequence[str]) -> "_Strings":
+        encoded = [s.encode() for s in strings]
+        ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        start = self.ends[i - 1] if i else 0
+        return self.blob[start : self.ends[i]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def find_tars(data_dir: Path, split: str) -> list[Path]:
+    """The tars of a split in order. Raises ValueError when there is none or when a number is left out."""
+    pattern = re.compile(rf"{re.escape(split)}-(\d+)\.tar")
+    found = {int(m[1]): p for p in data_dir.glob(f"{split}-*.tar") if (m := pattern.fullmatch(p.name))}
+    if not found:
+        raise ValueError(
+            f"{data_dir}: no {split}-000000.tar; pack the catalogue there first "
+            f"(python -m eclip.dataloading.demo --out {data_dir} writes the embedded one)"
+        )
+    missing = sorted(set(range(max(found) + 1)) - found.keys())
+    if missing:
+        raise ValueError(
+            f"{data_dir}: {split}-{missing[0]:06d}.tar is missing ({len(found)} of {max(found) + 1} tars found); "
+            f"restore it or pack the split again"
+        )
+    return [found[i] for i in sorted(found)]
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, Span]]]:
+    """Samples of a tar in order: key, and the span of each member by the rest of its name ("json", "000.jpg")."""
+    size = path.stat().st_size
+    key, members = "", {}  # type: str, dict[str, Span]
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if info.isfile():
+                    folder, name = os.path.split(info.name)
+                    stem, _, suffix = name.partition(".")
+                    sample = f"{folder}/{stem}" if folder else stem
+                    if sample != key:
+                        if members:
+                            yield key, members
+                        key, members = sample, {}
+                    members[suffix] = (info.offset_data, info.size)
+                    if info.offset_data + info.size > size:
+                        break
+                tar.members = []  # tarfile would remember every header
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a whole tar ({error}); it is truncated or damaged, pack or copy it again") from None
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+    if end > size or len(block) < _BLOCK:
+        raise ValueError(f"{path}: truncated at {size} bytes (no end-of-archive mark); pack or copy it again")
+    if any(block):
+        raise ValueError(f"{path}: damaged header at byte {end}; the rest of the tar cannot be read, pack or copy it again")
+    if members:
+        yield key, members
+
+
+def _records(product: Product, members: Mapping[str, Span], where: str) -> list[ImageRecord]:
+    """The images of a sample: those its JSON describes, in that order, then the tar's others with default facts."""
+    described = {record.file: record for record in product.images}
+    present = [suffix for suffix in members if suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
+    for file, record in described.items():
+        if file not in members:
+            raise ValueError(f"{where}: describes image {file!r}, which the tar does not hold")
+        if record.source not in SOURCES:
+            raise ValueError(f"{where}: image {file!r} has source {record.source!r}; use one of {', '.join(SOURCES)}")
+    if not present:
+        raise ValueError(f"{where}: the product has no image; every product needs at least one")
+    return [*described.values(), *(ImageRecord(file=file) for file in present if file not in described)]
+
+
+class _Builder:
+    """Collects the columns of an index, one product at a time."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[int]] = {
+            name: [] for name in (
+                "product_shard", "json_offset", "json_size", "product_ids", "catalog_ids", "category", "num_images",
+                "image_offset", "image_size", "image_source", "image_sku", "image_title", "image_file",
+            )
+        }  # fmt: skip
+        self.keys: dict[str, int] = {}
+        self.titles: dict[str, int] = {}
+        self.files: dict[str, int] = {}
+        self.categories: dict[str, int] = {}
+        self.digest = hashlib.sha256()
+
+    def add(self, shard: int, path: Path, key: str, members: Mapping[str, Span]) -> None:
+        where = f"{path}: {key}.json"
+        if "json" not in members:
+            raise ValueError(f"{where} is missing; every sample needs its JSON in the same run of members as its images")
+        if key in self.keys:
+            raise ValueError(f"{where}: the key occurs twice in the split; keys must be unique")
+        with path.open("rb") as file:
+            file.seek(members["json"][0])
+            data = file.read(members["json"][1])
+        try:
+            product = Product.from_json(data, where=where)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where}: not a product record ({error})") from error
+        records = _records(product, members, where)
+        self.digest.update(data)
+        self.keys[key] = len(self.keys)
+        put = {
+            "product_shard": shard, "json_offset": members["json"][0], "json_size": members["json"][1],
+            "product_ids": stable_hash(product.product), "catalog_ids": stable_hash(product.catalog),
+            "category": self.categories.setdefault(product.category, len(self.categories)), "num_images": len(records),
+        }  # fmt: skip
+        for name, value in put.items():
+            self.columns[name].append(value)
+        for record in records:
+            title = record.title.strip() or product.title
+            put = {
+                "image_offset": members[record.file][0], "image_size": members[record.file][1],
+                "image_source": SOURCES.index(record.source),
+                "image_sku": stable_hash(record.sku or product.product),
+                "image_title": self.titles.setdefault(title, len(self.titles)),
+                "image_file": self.files.setdefault(record.file, len(self.files)),
+            }  # fmt: skip
+            for name, value in put.items():
+                self.columns[name].append(value)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Columns and string tables, as they are saved."""
+        small = {"product_shard": np.int32, "json_size": np.int32, "num_images": np.int32, "category": np.int32,
+                 "image_size": np.int32, "image_source": np.uint8, "image_title": np.int32, "image_file": np.int32}  # fmt: skip
+        out = {name: np.array(values, small.get(name, np.int64)) for name, values in self.columns.items()}
+        for name in ("keys", "titles", "files", "categories"):
+            strings = _Strings.pack(list(getattr(self, name)))
+            out[f"{name}_blob"], out[f"{name}_ends"] = strings.blob, strings.ends
+        for name in ("image_offset", "image_size"):
+            self.digest.update(out[name].tobytes())
+        out["fingerprint"] = np.frombuffer(self.digest.digest()[:16], np.uint8)
+        return out
+
+
+def _stamp(tars: Sequence[Path]) -> NDArray[np.int64]:
+    """(n, 2): size and time of change of each tar; an index is stale when they differ."""
+    return np.array([(s.st_size, s.st_mtime_ns) for s in (t.stat() for t in tars)], np.int64)
+
+
+def _load(path: Path) -> dict[str, NDArray] | None:
+    """A saved index, or None when there is none that this version can read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return arrays if int(arrays.get("version", -1)) == _VERSION else None
+
+
+def _build(tars: Sequence[Path]) -> dict[str, NDArray]:
+    builder = _Builder()
+    stamp = _stamp(tars)
+    for shard, path in enumerate(tars):
+        for key, members in _samples(path):
+            builder.add(shard, path, key, members)
+    if not builder.keys:
+        raise ValueError(f"{tars[0]}: the catalogue is empty; pack at least one product")
+    return {"version": np.array(_VERSION), "stamp": stamp, **builder.arrays()}
+
+
+def _save(path: Path, arrays: Mapping[str, NDArray]) -> None:
+    """Write beside the tars, whole or not at all: several ranks may do so at once."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(partial, path)
+    except OSError as error:
+        log.info("%s: not written (%s); the split is scanned again at every start", path, error)
+        partial.unlink(missing_ok=True)
+
+
+class ShardIndex:
+    """Products and images of one split. Rows number its images; product p has rows image_start[p]:image_start[p+1].
+
+    Attributes: `num_products` P, `num_images` I; `image_start` (P+1,) int64; `product_ids`, `catalog_ids` (P,) int64
+    stable hashes of their strings; `category_ids` (P,) int64 positions in `categories` (sorted); `product_shard` (P,)
+    int32, the tar of each product; `image_source` (I,) uint8 positions in SOURCES; `image_sku`, `title_ids` (I,) int64
+    stable hashes; `fingerprint`, of the JSONs and of every image's place and size.
+    """
+
+    def __init__(self, data_dir: Path, split: str, tars: Sequence[Path], arrays: Mapping[str, NDArray]):
+        self.data_dir, self.split, self.tars = data_dir, split, tuple(tars)
+        strings = {
+            name: _Strings(arrays[f"{name}_blob"], arrays[f"{name}_ends"])
+            for name in ("keys", "titles", "files", "categories")
+        }
+        self._keys, self._titles, self._files = strings["keys"], strings["titles"], strings["files"]
+        self.num_products, self.num_images = len(arrays["product_ids"]), len(arrays["image_offset"])
+        self.image_start = np.concatenate([[0], np.cumsum(arrays["num_images"], dtype=np.int64)])
+        self.product_ids, self.catalog_ids = arrays["product_ids"], arrays["catalog_ids"]
+        self.product_shard = arrays["product_shard"]
+        found = list(strings["categories"])
+        self.categories = sorted(found)
+        place = {name: i for i, name in enumerate(self.categories)}
+        self.category_ids = np.array([place[name] for name in found], np.int64)[arrays["category"]]
+        self.image_source, self.image_sku = arrays["image_source"], arrays["image_sku"]
+        self._image_title, self._image_file = arrays["image_title"], arrays["image_file"]
+        self.title_ids = np.array([stable_hash(t) for t in self._titles], np.int64)[self._image_title]
+        self._image_span = (arrays["image_offset"], arrays["image_size"])
+        self._json_span = (arrays["json_offset"], arrays["json_size"])
+        self.fingerprint = arrays["fingerprint"].tobytes().hex()
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, data_dir: Path, split: str) -> "ShardIndex":
+        """Read `<split>.index.npz`, building it when it is missing or older than the tars.
+
+        Raises ValueError, in one line: a missing, truncated or damaged tar, no product, a JSON without a title.
+        """
+        data_dir = Path(data_dir)
+        path = data_dir / f"{split}.index.npz"
+        tars = find_tars(data_dir, split)
+        arrays = _load(path)
+        stamp = _stamp(tars)
+        if arrays is not None:
+            known = arrays["stamp"]
+            # A repacked split has other sizes throughout; one that only lost its last tars has lost data.
+            if len(known) > len(tars) and np.array_equal(known[: len(tars), 0], stamp[:, 0]):
+                raise ValueError(
+                    f"{data_dir}: {split}-{len(tars):06d}.tar is missing ({len(tars)} of {len(known)} tars found); "
+                    f"restore it, or delete {path.name} if the split was made smaller on purpose"
+                )
+        if arrays is None or not np.array_equal(arrays["stamp"], stamp):
+            arrays = _build(tars)
+            _save(path, arrays)
+        return cls(data_dir, split, tars, arrays)
+
+    def title(self, row: int) -> str:
+        """The title of an image: its own, or its product's."""
+        return self._titles[self._image_title[row]]
+
+    def texts(self) -> list[str]:
+        """Every distinct title and category, in the order of the tars: what a vocabulary is trained on."""
+        return list(dict.fromkeys([*self._titles, *self.categories]))
+
+    def image_key(self, row: int) -> str:
+        """Names an image in messages: "<key>/000.jpg"."""
+        return f"{self._keys[self.product_of(row)]}/{self._files[self._image_file[row]]}"
+
+    def image_file(self, row: int) -> str:
+        """The name of an image within its sample, as in `ImageRecord.file`."""
+        return self._files[self._image_file[row]]
+
+    def product_of(self, row: int) -> int:
+        """The product that an image belongs to."""
+        return int(np.searchsorted(self.image_start, row, side="right")) - 1
+
+    def product(self, p: int) -> Product:
+        """The whole record of a product, read from its tar."""
+        where = f"{self.tars[self.product_shard[p]]}: {self._keys[p]}.json"
+        data = self._read(self.product_shard[p], self._json_span[0][p], self._json_span[1][p])
+        return Product.from_json(data, where=where)
+
+    def read_image(self, row: int) -> bytes:
+        """The stored bytes of an image."""
+        shard = self.product_shard[self.product_of(row)]
+        return self._read(shard, self._image_span[0][row], self._image_span[1][row])
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        with self._lock:
+            file = self._open.pop(int(shard), None) or io.FileIO(self.tars[shard])
+            self._open[int(shard)] = file
+            if len(self._open) > _OPEN_TARS:
+                self._open.popitem(last=False)  # closed when its last reader lets go
+        return os.pread(file.fileno(), int(size), int(offset))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"ShardIndex({self.data_dir}, {self.split!r}: {self.num_products} products, {self.num_images} images)"

@@ -1,0 +1,372 @@
+"""Every setting of a run: frozen dataclasses, presets, one validation place each.
+
+A preset is a constant; `parse` reads command-line flags over it with tyro. The resolved configuration is saved as
+`config.json` in the run folder, so that evaluation and resume need no flags.
+"""
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes of the two encoders, the projections and the instance decoder."""
+
+    image_size: int = 96
+    """Side of the square input, pixels."""
+    patch_size: int = 12
+    vision_width: int = 192
+    vision_depth: int = 6
+    vision_heads: int = 3
+    layer_scale: bool = False
+    """Per-channel scales on the residual branches (DINOv2); ImageNet ViTs have none."""
+    vision_eps: float = 1e-6
+    """Epsilon of the image tower's LayerNorms: 1e-6 in timm and DINOv2; Hugging Face's ViTModel computes with 1e-12."""
+    pixel_statistics: Literal["imagenet", "half"] = "imagenet"
+    """Mean and deviation pixels are normalised with: ImageNet's (timm default, DINOv2), or 0.5 (ViTs from ImageNet-21k)."""
+    vocab_size: int = 4096
+    """Rows of the token embedding; at least the tokenizer's vocabulary."""
+    text_width: int = 192
+    text_depth: int = 4
+    text_heads: int = 3
+    max_positions: int = 64
+    """Rows of the text position embedding; titles are cut to DataConfig.max_tokens."""
+    text_pooling: Literal["cls", "mean"] = "cls"
+    """`cls` as in the paper; `mean` for sentence-transformers towers, which were trained that way."""
+    embed_dim: int = 192
+    """D: width of g_I, g_T and of the instance decoder."""
+    num_queries: int = 20
+    """T: one positive and T-1 negative instance queries."""
+    decoder_depth: int = 6
+    decoder_heads: int = 12
+    """Heads of the self-attention among the queries (slot attention itself is single-headed)."""
+    token_norm: bool = True
+    """LayerNorm of the patch tokens before the decoder (a choice: the paper names none); keeps score logits near 1."""
+    slot_heads: int = 1
+    normalize: Literal["mean", "den", "l1max", "sum"] = "den"
+    slot_eps: float = 1e-6
+    kernels: Literal["auto", "reference"] = "auto"
+    """`reference` runs the whole model on plain PyTorch, for comparison."""
+
+    def __post_init__(self) -> None:
+        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("embed_dim", "decoder_heads")):
+            _require(
+                getattr(self, width) % getattr(self, heads) == 0,
+                f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
+                f"choose a multiple",
+            )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
+            f"use e.g. {self.image_size // self.patch_size * self.patch_size}",
+        )
+        _require(self.num_queries >= 2, f"num_queries={self.num_queries}: one positive and one negative are the least")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where batches come from."""
+
+    data_dir: Path = Path("data/demo")
+    """Folder of packed shards (train-*.tar, val-*.tar, test-*.tar). The demo presets pack the embedded catalogue into
+    their own folder; any other folder must hold shards already."""
+    demo_image_size: int = 160
+    """Side of the embedded catalogue's composed images, pixels."""
+    demo_images_per_product: int = 40
+    decoder: Literal["auto", "dali", "torch"] = "auto"
+    """JPEG decode and augmentation: DALI, or a DCT-scaled decode in DataLoader workers; auto takes the faster installed."""
+    num_workers: int = 1
+    max_tokens: int = 55
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area share of the random resized crop."""
+    flip: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which losses, with which weights (the paper: a plain sum)."""
+
+    objective: Literal["eclip", "clip"] = "eclip"
+    """`clip` trains L_itc alone: the baseline."""
+    soft_labels: Literal["none", "title", "catalog"] = "title"
+    """L_itc shares the target mass among equal titles, or (e-CLIP) among the products of one catalog id."""
+    itc_weight: float = 1.0
+    inter_weight: float = 1.0
+    itm_weight: float = 1.0
+    intra_weight: float = 1.0
+    entropy_weight: float = 1.0
+    """L_R, the entropy of the assignment of tokens to queries."""
+    inter_temperature: float = 0.1
+    intra_temperature: float = 0.1
+    image_prompt_share: float = 0.5
+    """Share of queries prompted by another image of the product instead of a title."""
+    ema_momentum: float = 0.996
+    decoder_warmup_steps: int = 0
+    """Steps over which the weights of the decoder's losses rise from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-4
+    tower_learning_rate_scale: float = 1.0
+    """Factor on the learning rate of both encoders' towers (slowly tuned pretrained towers)."""
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_steps: int = 100
+    schedule: Literal["linear", "cosine"] = "linear"
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    preset: PresetName = "demo"
+    """Where every value below starts; other flags override it."""
+    run_dir: Path = Path("runs/demo")
+    steps: int = 1000
+    global_batch_size: int = 64
+    seed: int = 0
+    resume: bool = False
+    """Continue from the newest complete checkpoint of run_dir (from step 0 when there is none)."""
+    overwrite: bool = False
+    """Without --resume: delete the checkpoints and metrics of an earlier run in run_dir instead of refusing."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written after the last step and at SIGTERM."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    log_every: int = 10
+    tensorboard: bool = False
+    """Also write TensorBoard events to run_dir (needs the package tensorboard)."""
+    wandb: str | None = None
+    """Also send metrics to this Weights & Biases project (needs the package wandb)."""
+    evaluate: bool = True
+    """Evaluate on the test split when training ends."""
+    image_weights: Path | None = None
+    """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
+    text_weights: Path | None = None
+    """Local safetensors file (Hugging Face BERT names) that initialises the text tower."""
+    vocab_file: Path | None = None
+    """BERT vocab.txt; without it WordPiece is trained on the catalogue's text."""
+    lock_image: bool = False
+    """Keep the image tower's weights; only what follows it is trained."""
+    lock_text: bool = False
+    cache_features: bool = False
+    """With a locked image tower: compute its features once into a memory map and train from them."""
+    cached_views: int = 1
+    """Augmented views of each image in the feature cache."""
+    bf16: bool = True
+    """bfloat16 autocast on GPU; CPU runs stay in float32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps={self.steps}: train at least one step")
+        _require(self.global_batch_size >= 2, f"global_batch_size={self.global_batch_size}: contrast needs at least 2")
+        _require(
+            self.lock_image or not self.cache_features,
+            "--cache-features needs --lock-image: features of a tower that trains go stale",
+        )
+        _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: use 1 or more steps")
+        _require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: at least the newest stays")
+        _require(self.log_every >= 1, f"log_every={self.log_every}: use 1 or more steps")
+        _require(
+            self.preset in typing.get_args(PresetName),
+            f"preset={self.preset!r}: choose one of {', '.join(typing.get_args(PresetName))}",
+        )
+        _require(
+            self.data.max_tokens <= self.model.max_positions,
+            f"max_tokens={self.data.max_tokens} exceeds max_positions={self.model.max_positions}; "
+            f"lower --max-tokens or raise --max-positions",
+        )
+
+    def check_files(self) -> None:
+        """Raise ValueError for a file that a flag names and that is not there: before training, not in its middle.
+
+        Not part of construction: a finished run is also opened on machines that hold only its run folder.
+        """
+        for name in ("image_weights", "text_weights", "vocab_file"):
+            path = getattr(self, name)
+            _require(path is None or path.is_file(), f"--{name.replace('_', '-')} {path}: no such file")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """The inverse of `to_json`. Raises ValueError for keys that no setting has."""
+        return _from_record(cls, json.loads(text))
+
+
+def _from_record(cls: Any, record: Mapping[str, Any]) -> Any:
+    """Rebuild a dataclass from JSON values: nested dataclasses, Paths and tuples get their types back."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(record) - set(hints))
+    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was the file written by another version?")
+    return cls(**{name: _from_value(hints[name], value) for name, value in record.items()})
+
+
+def _from_value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _from_record(hint, value)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _from_value(typing.get_args(hint)[0], value)
+    if hint is Path:
+        return Path(value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return value
+
+
+def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int) -> RunConfig:
+    """The paper's run: 224 px, BERT-base, D=768, T=20, L=6; 15 epochs of 15M products."""
+    steps = 15 * 15_000_000 // batch
+    return RunConfig(
+        preset=preset,
+        run_dir=Path("runs") / preset,
+        steps=steps,
+        global_batch_size=batch,
+        checkpoint_every=1000,
+        model=ModelConfig(
+            image_size=224,
+            patch_size=16,
+            vision_width=width,
+            vision_depth=depth,
+            vision_heads=heads,
+            vocab_size=30522,
+            text_width=768,
+            text_depth=12,
+            text_heads=12,
+            max_positions=512,
+            embed_dim=768,
+            num_queries=20,
+            decoder_depth=6,
+            decoder_heads=12,
+        ),
+        data=DataConfig(data_dir=Path("data/products"), num_workers=8),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=2000),
+    )
+
+
+PRESETS: dict[PresetName, RunConfig] = {
+    # From scratch on the embedded catalogue.
+    "demo": RunConfig(
+        model=ModelConfig(decoder_depth=3, decoder_heads=6, num_queries=8),
+        optim=OptimConfig(learning_rate=5e-4),
+    ),
+    # The embedded catalogue with pretrained, locked towers (ViT-S/14, MiniLM-L6) whose image features are cached.
+    "demo_towers": RunConfig(
+        preset="demo_towers",
+        run_dir=Path("runs/demo_towers"),
+        image_weights=Path("towers/image.safetensors"),
+        text_weights=Path("towers/text.safetensors"),
+        vocab_file=Path("towers/vocab.txt"),
+        lock_image=True,
+        lock_text=True,
+        cache_features=True,
+        model=ModelConfig(
+            image_size=168,
+            patch_size=14,
+            vision_width=384,
+            vision_depth=12,
+            vision_heads=6,
+            layer_scale=True,
+            vocab_size=30522,
+            text_width=384,
+            text_depth=6,
+            text_heads=12,
+            max_positions=512,
+            text_pooling="mean",
+            embed_dim=384,
+            num_queries=8,
+            decoder_depth=3,
+            decoder_heads=6,
+        ),
+        data=DataConfig(demo_image_size=168),
+        optim=OptimConfig(learning_rate=5e-4),
+    ),
+    # ECLIP-B and ECLIP-L of the paper; start them from ImageNet and BERT with --image-weights and --text-weights.
+    "vit_b16": _paper("vit_b16", width=768, depth=12, heads=12, batch=4096),
+    "vit_l16": _paper("vit_l16", width=1024, depth=24, heads=16, batch=3072),
+    # Seconds on a CPU: that everything runs, not that anything is learnt.
+    "debug": RunConfig(
+        preset="debug",
+        run_dir=Path("runs/debug"),
+        steps=5,
+        global_batch_size=8,
+        overwrite=True,
+        checkpoint_every=5,
+        log_every=1,
+        model=ModelConfig(
+            image_size=32,
+            patch_size=8,
+            vision_width=32,
+            vision_depth=1,
+            vision_heads=2,
+            vocab_size=512,
+            text_width=32,
+            text_depth=1,
+            text_heads=2,
+            embed_dim=32,
+            num_queries=4,
+            decoder_depth=1,
+            decoder_heads=2,
+        ),
+        data=DataConfig(data_dir=Path("data/debug"), demo_image_size=48, demo_images_per_product=6, num_workers=0),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
+    ),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> RunConfig:
+    """Read flags (default: sys.argv) over the preset they name (default: demo).
+
+    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit for
+    --help and unknown flags, ValueError for values that break a rule.
+    """
+    import tyro  # here, so that a finished run opens where tyro is not installed
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(
+        RunConfig,
+        prog="python -m eclip.train",
+        description="Train ECLIP. --preset is read first, every other flag overrides its value.",
+        args=arguments,
+        default=PRESETS[_preset_name(arguments)],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _preset_name(arguments: Sequence[str]) -> PresetName:
+    """The value of --preset; an unknown one is left for tyro, whose message lists the choices."""
+    name: Any = "demo"
+    for position, argument in enumerate(arguments):
+        if argument == "--preset" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    return name if name in PRESETS else "demo"

@@ -1,0 +1,180 @@
+"""Where the numbers of a run go: a console line, metrics.jsonl, and TensorBoard or Weights & Biases when asked for.
+
+A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only.
+"""
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig
+
+MetricSink = Callable[[int, Mapping[str, float]], None]
+
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+"""Dense bfloat16 peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets; the first that occurs counts)."""
+
+
+def console_sink(total_steps: int) -> MetricSink:
+    """`step 1200/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | mem 61 GiB | eta 1h02m`."""
+    parts: list[tuple[str, Callable[[float], str]]] = [
+        ("loss", lambda v: f"loss {v:.3f}"),
+        ("grad_norm", lambda v: f"grad {v:.2f}"),
+        ("learning_rate", lambda v: f"lr {format_rate(v)}"),
+        ("pairs_per_second", lambda v: f"{format_count(v)} pairs/s"),
+        ("mfu", lambda v: f"mfu {v:.0%}"),
+        ("data_seconds", lambda v: f"data {v * 1e3:.0f} ms"),
+        ("memory_gib", lambda v: f"mem {v:.0f} GiB" if v >= 10 else f"mem {v:.1f} GiB"),
+        ("eta_seconds", lambda v: f"eta {format_duration(v)}"),
+    ]
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        fields = [text(values[name]) for name, text in parts if name in values]
+        print(" | ".join([f"step {step}/{total_steps}", *fields]), flush=True)
+
+    return write
+
+
+def jsonl_sink(path: Path, *, start_step: int = 0) -> MetricSink:
+    """One JSON object a line, floats in full: {"step": 10, "loss": ...}.
+
+    Lines of `path` after `start_step` are dropped first: a run that died after its last checkpoint computed them, and
+    the resumed one computes them again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    return write
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # the half line of a killed run
+
+
+def tensorboard_sink(log_dir: Path) -> MetricSink:
+    """Scalars for TensorBoard. Needs the package tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter  # loads 100 modules; few runs want it
+
+    writer = SummaryWriter(str(log_dir))
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def wandb_sink(project: str, config: RunConfig) -> MetricSink:
+    """Weights & Biases. Needs the package wandb."""
+    import wandb
+
+    run = wandb.init(project=project, name=config.run_dir.name, config=json.loads(config.to_json()), resume="allow")
+    return lambda step, values: run.log(dict(values), step=step)
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise ValueError when a sink is asked for whose package is not installed."""
+    for wanted, package, flag in (
+        (config.tensorboard, "tensorboard", "--tensorboard"),
+        (config.wandb is not None, "wandb", "--wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} needs the package {package}; run `pip install {package}` or drop the flag")
+
+
+def build_sinks(config: RunConfig, *, start_step: int = 0) -> list[MetricSink]:
+    """Console and metrics.jsonl always, the others when the configuration asks for them."""
+    sinks = [console_sink(config.steps), jsonl_sink(config.run_dir / "metrics.jsonl", start_step=start_step)]
+    if config.tensorboard:
+        sinks.append(tensorboard_sink(config.run_dir / "tensorboard"))
+    if config.wandb is not None:
+        sinks.append(wandb_sink(config.wandb, config))
+    return sinks
+
+
+class Throughput:
+    """Rates since the last report: image-text pairs a second, time spent waiting for data, model FLOPs utilisation."""
+
+    def __init__(self, total_steps: int, start_step: int, pairs_per_step: int, device: torch.device) -> None:
+        self.total_steps, self.pairs_per_step, self.device = total_steps, pairs_per_step, device
+        self.peak_flops = peak_flops(device)
+        self.flops_per_step: float | None = None
+        """FLOPs of one step on one rank; None leaves mfu out."""
+        self.data_seconds, self.reported_step, self.reported_at = 0.0, start_step, time.perf_counter()
+
+    def report(self, step: int) -> dict[str, float]:
+        """Numbers of the steps since the last report, `step` of them done in all."""
+        now, steps = time.perf_counter(), step - self.reported_step
+        seconds = (now - self.reported_at) / steps
+        values = {
+            "pairs_per_second": self.pairs_per_step / seconds,
+            "data_seconds": self.data_seconds / steps,
+            "memory_gib": peak_memory(self.device) / 2**30,
+            "eta_seconds": (self.total_steps - step) * seconds,
+        }
+        if self.flops_per_step is not None and self.peak_flops is not None:
+            values["mfu"] = self.flops_per_step / seconds / self.peak_flops
+        self.data_seconds, self.reported_step, self.reported_at = 0.0, step, now
+        return values
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a known GPU, FLOP/s; None for others and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: what PyTorch allocated on the GPU, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_count(value: float) -> str:
+    """31234 -> 31.2k, 87 -> 87, 4.25 -> 4.2."""
+    if value >= 1000:
+        return f"{value / 1000:.1f}k"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def format_rate(value: float) -> str:
+    """4.9e-04 -> 4.9e-4."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def format_duration(seconds: float) -> str:
+    """3720 -> 1h02m, 200 -> 3m20s, 45 -> 45s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,1 @@
+"""The two encoders, the instance decoder and the model that joins them."""

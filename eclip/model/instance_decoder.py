@@ -1,0 +1,130 @@
+"""The instance decoder of ECLIP (arXiv 2304.02853, section 3.2): queries divide an image's tokens among themselves.
+
+    Q_t  = prompt_t + pos_t + type_t                                     instance queries
+    M    = (Z W_z) ((Q + H) W_q)^T / sqrt(D)                             N x T scores, H^0 = 0
+    A    = softmax of M over the T queries                               each token is shared out
+    dH_t = sum_i A_it W_v z_i / sum_i A_it
+    H    = norm(H + W_o dH), then self-attention among the queries and an FFN of width 4D, each with add & norm
+
+Q is added again at every block but enters through M alone, so the output slots hold nothing but image content. The first
+line of a block is one call of `slot_attention_absorbed`, which never builds Z W_z or Z W_v.
+
+Where the paper is silent, this is what we chose:
+- Prompts are scaled to length sqrt(D), that of a standard normal vector: g_T's and g_I's outputs grow freely in training,
+  and at inference the negative prompts are drawn from N(0, I).
+- One LayerNorm of the tokens before the first block (ModelConfig.token_norm), and W_z, W_q, W_v, W_o drawn with standard
+  deviation 1/sqrt(D): scores start with a deviation near 1 whatever the tower's scale.
+
+Letters: B images, N patch tokens, T queries, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ModelConfig
+from ..kernels.slot_attention import slot_attention_absorbed, slot_attention_absorbed_reference
+from .transformer import PostNormBlock, init_transformer
+
+DECODER_EPS = 1e-6
+TEXT, IMAGE = 0, 1
+"""The two modalities of a prompt, rows of the type embedding."""
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What the decoder saw in each image through each query."""
+
+    slots: Tensor
+    """(B, T, D) H^L: instance features, not normalised."""
+    entropy: Tensor
+    """Scalar float32, L_R: -sum_t A log A, mean over tokens, blocks and images. log T at most."""
+    assignment: Tensor
+    """(B, T, N) float32, A of the last block (mean over slot heads), detached: the share of token n that query t took."""
+
+
+class InstanceQueries(nn.Module):
+    """Prompts to queries: unit prompt * sqrt(D) + position + modality type."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(config.num_queries, config.embed_dim))
+        self.modality = nn.Parameter(torch.empty(2, config.embed_dim))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        nn.init.trunc_normal_(self.modality, std=0.02)
+
+    def forward(self, prompts: Tensor, modality: Tensor) -> Tensor:
+        """prompts: (B, T, D), any length; modality: (B, T) int64, TEXT or IMAGE. Returns (B, T, D).
+
+        Raises ValueError when there are not num_queries prompts an image.
+        """
+        if prompts.shape[1:] != self.position.shape or modality.shape != prompts.shape[:2]:
+            raise ValueError(
+                f"prompts of shape {tuple(prompts.shape)} with modalities {tuple(modality.shape)}: this model takes "
+                f"(B, {', '.join(map(str, self.position.shape))}) and (B, {self.position.shape[0]})"
+            )
+        prompts = F.normalize(prompts, dim=-1) * prompts.shape[-1] ** 0.5
+        return prompts + self.position + self.modality[modality]
+
+
+class InstanceBlock(nn.Module):
+    """Slot attention over the tokens, then self-attention among the queries, then the FFN; post-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.config = config
+        self.w_query = nn.Linear(width, width, bias=False)
+        self.w_key = nn.Linear(width, width, bias=False)
+        self.w_value = nn.Linear(width, width, bias=False)
+        self.w_out = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width, eps=DECODER_EPS)
+        self.among_queries = PostNormBlock(width, config.decoder_heads, eps=DECODER_EPS)
+        self.among_queries.apply(init_transformer)
+        for linear in (self.w_query, self.w_key, self.w_value, self.w_out):
+            nn.init.trunc_normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, slots: Tensor, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """slots, queries: (B, T, D); tokens: (B, N, D). Returns the next slots and A (B, T, N) or (B, H, T, N)."""
+        attend = slot_attention_absorbed_reference if self.config.kernels == "reference" else slot_attention_absorbed
+        update, assignment = attend(
+            self.w_query(queries + slots),
+            tokens,
+            self.w_key.weight,
+            self.w_value.weight,
+            num_heads=self.config.slot_heads,
+            normalize=self.config.normalize,
+            eps=self.config.slot_eps,
+            return_map=True,
+        )
+        slots = self.norm(slots + self.w_out(update))
+        return self.among_queries(slots), assignment
+
+
+class InstanceDecoder(nn.Module):
+    """L blocks over the same queries and tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_norm = nn.LayerNorm(config.embed_dim, eps=DECODER_EPS) if config.token_norm else nn.Identity()
+        self.blocks = nn.ModuleList(InstanceBlock(config) for _ in range(config.decoder_depth))
+
+    def forward(self, tokens: Tensor, queries: Tensor) -> DecoderOutput:
+        """tokens: (B, N, D) projected patch tokens without CLS; queries: (B, T, D). Source: equations 1-5."""
+        tokens = self.token_norm(tokens)
+        slots = torch.zeros_like(queries)
+        entropies = []
+        for block in self.blocks:
+            slots, assignment = block(slots, queries, tokens)
+            entropies.append(assignment_entropy(assignment))
+        last = assignment.detach().float()
+        return DecoderOutput(slots, torch.stack(entropies).mean(), last if last.ndim == 3 else last.mean(dim=1))
+
+
+def assignment_entropy(assignment: Tensor) -> Tensor:
+    """A (..., T, N), a softmax over T, to the mean over everything else of -sum_t A log A; float32 scalar, in nats."""
+    share = assignment.float()
+    # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -log A - 1 would be infinite.
+    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-2).mean()

@@ -1,0 +1,57 @@
+"""BERT's encoder (Devlin et al. 2019, arXiv 1810.04805) on packed ragged text, pooled to one vector a text.
+
+BERT's token-type embedding is the same row for every token of a single text, so it has no parameter here:
+pretrained.py adds that row to the position embedding. BERT's pooler layer (a head of its pretraining) is left out.
+Letters: n texts, total tokens of all of them, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .transformer import PostNormBlock, Ragged, init_transformer
+
+BERT_EPS = 1e-12
+
+
+class TextEncoder(nn.Module):
+    """Token ids to one vector a text: the first token's (`cls`) or the mean over all its tokens (`mean`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.text_width
+        self.config = config
+        self.word_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Embedding(config.max_positions, width)
+        self.norm = nn.LayerNorm(width, eps=BERT_EPS)
+        self.blocks = nn.ModuleList(
+            PostNormBlock(width, config.text_heads, eps=BERT_EPS) for _ in range(config.text_depth)
+        )
+        self.apply(init_transformer)
+
+    def hidden(self, tokens: Tensor, ragged: Ragged) -> Tensor:
+        """tokens: (total,) int64. Returns the last block's packed output (total, D).
+
+        Raises ValueError for a text longer than the position embedding.
+        """
+        if ragged.present.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"a text of {ragged.present.shape[1]} tokens is longer than max_positions={self.config.max_positions}; "
+                f"lower --data.max-tokens or raise --model.max-positions"
+            )
+        x = self.norm(self.word_embedding(tokens) + self.position_embedding(ragged.positions))
+        for block in self.blocks:
+            x = block(x, ragged)
+        return x
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens: (total,) int64; cu_seqlens: (n+1,) int32, text s being tokens[cu_seqlens[s]:cu_seqlens[s+1]].
+
+        Returns (n, D). Raises ValueError for an empty text or one longer than max_positions.
+        """
+        ragged = Ragged.from_cu_seqlens(cu_seqlens)
+        x = self.hidden(tokens, ragged)
+        if self.config.text_pooling == "cls":
+            return x.index_select(0, ragged.starts)
+        total = x.new_zeros(len(ragged.lengths), x.shape[1]).index_add(0, ragged.sequence, x)
+        return total / ragged.lengths[:, None]

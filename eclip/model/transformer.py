@@ -1,0 +1,151 @@
+"""Transformer blocks shared by the two encoders and the instance decoder, on PyTorch's scaled dot product attention.
+
+A vision transformer normalises before each sub-layer, BERT and the instance decoder after the residual sum; both use
+the same attention and the same two-layer perceptron with exact (erf) GELU.
+
+Text is ragged: everything that acts on single tokens runs on the packed (total, D) rows, so that padding costs nothing
+there; only attention needs to know the sequences, and `attend_ragged` is the one place that does.
+
+Letters: B images or sequences, N tokens, H heads, D width, total = rows of a packed ragged batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the rows of a packed (total, D) batch of n sequences lie in its padded (n, longest) form."""
+
+    rows: Tensor
+    """(total,) int64: row of token i in the flattened padded form."""
+    present: Tensor
+    """(n, longest) bool: False where the padded form holds no token."""
+    starts: Tensor
+    """(n,) int64: packed row of each sequence's first token."""
+    lengths: Tensor
+    """(n,) int64."""
+    positions: Tensor
+    """(total,) int64: position of token i in its sequence."""
+    sequence: Tensor
+    """(total,) int64: sequence of token i."""
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> "Ragged":
+        """cu_seqlens: (n+1,) integers, 0 first, not decreasing; sequence s is rows cu_seqlens[s]:cu_seqlens[s+1].
+
+        Raises ValueError when a sequence is empty: it has no token to pool.
+        """
+        bounds = cu_seqlens.to(torch.int64)
+        starts, lengths = bounds[:-1], bounds.diff()
+        if lengths.numel() == 0 or int(lengths.min()) < 1:
+            raise ValueError("cu_seqlens describes an empty text; every text needs at least one token ([CLS], [SEP])")
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths)
+        positions = torch.arange(len(sequence), device=bounds.device) - starts[sequence]
+        longest = int(lengths.max())
+        present = torch.arange(longest, device=bounds.device) < lengths[:, None]
+        return cls(sequence * longest + positions, present, starts, lengths, positions, sequence)
+
+
+def attend_ragged(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
+    """Self-attention inside each sequence of a packed batch: pad, attend under a mask, pack again.
+
+    q, k, v: (total, H, head_dim). Returns (total, H, head_dim). This is where a variable-length GPU kernel would enter:
+    it takes the same packed rows and cu_seqlens, and nothing else in the model sees padding.
+    """
+    n, longest = ragged.present.shape
+
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(n * longest, *x.shape[1:]).index_copy(0, ragged.rows, x)
+        return padded.view(n, longest, *x.shape[1:]).transpose(1, 2)
+
+    mask = ragged.present[:, None, None, :]
+    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, ragged.rows)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
+        """x: (B, N, D), or with `ragged` packed (total, D). Returns x's shape."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        if ragged is None:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        else:
+            out = attend_ragged(q, k, v, ragged)
+        return self.proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4D wide between them, exact GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """Learnable factor per channel on a residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # 1, so that a tower from scratch starts as one without; the paper's 1e-5 is for nets deeper than 18 blocks.
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class PreNormBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the vision transformer's block. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int, *, eps: float, layer_scale: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width)
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)): the block of BERT and, after slot attention, of the decoder."""
+
+    def __init__(self, width: int, num_heads: int, *, eps: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, num_heads)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
+        """x: (B, N, D), or with `ragged` packed (total, D). Returns x's shape."""
+        x = self.norm1(x + self.attn(x, ragged))
+        return self.norm2(x + self.mlp(x))
+
+
+def init_transformer(module: nn.Module) -> None:
+    """For `module.apply`: truncated normal 0.02 for matrices and embeddings, zeros for biases (BERT, ViT)."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

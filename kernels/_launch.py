@@ -1,0 +1,64 @@
+"""What every kernel file needs before a launch: path choice, dtype rules, argument checks. No kernel lives here."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+import triton.language as tl
+from triton import knobs
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E); the hardware instruction is exp2
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# CPU tensors take the PyTorch implementation. Tests set this to send them through the kernels in Triton's interpreter
+# instead, in a process that was started with TRITON_INTERPRET=1 (Triton reads it when a kernel is decorated).
+interpret_on_cpu = False
+
+
+def launches_triton(x: Tensor) -> bool:
+    """Whether an op's implementation launches its Triton kernels for `x`, or computes in PyTorch."""
+    if x.dtype not in KERNEL_DTYPES:
+        return False
+    return x.is_cuda or (interpret_on_cpu and bool(knobs.runtime.interpret) and x.device.type == "cpu")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, softmax and statistics: float64 stays float64, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's when a process drives several GPUs."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
+    """Autocast reaches into custom ops and would round their fp32 matmuls to bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op should take `x`: autocast's where it is on (float64 is left alone), else its own."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds: for users' mistakes; our own are asserts."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_alike(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors share one floating dtype and one device."""
+    (first_name, first), *others = tensors.items()
+    if not first.is_floating_point():
+        raise ValueError(f"{first_name} has dtype {first.dtype}; a floating dtype is needed")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype} and {first_name} {first.dtype}; cast one of them, or run under autocast"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} and {first_name} on {first.device}; move one of them")

@@ -1,0 +1,50 @@
+"""setup.py and constraints.txt against the tree: every folder is packaged, every dependency has a tested version."""
+
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that setup.py passes to setuptools."""
+    seen: dict[str, Any] = {}
+    fake = types.ModuleType("setuptools")
+    fake.setup = seen.update  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "setuptools", fake)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return seen
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=!~;\[ ]", line)[0].lower() for line in requirements}
+
+
+def test_every_folder_with_code_is_a_package(metadata: dict[str, Any]) -> None:
+    folders = {p.parent for p in (ROOT / "eclip").rglob("*.py")} | {ROOT / "eclip/kernels", ROOT / "eclip/dataloading"}
+    assert set(metadata["packages"]) == {".".join(f.relative_to(ROOT).parts) for f in folders}
+
+
+def test_the_embedded_catalogue_is_packaged(metadata: dict[str, Any]) -> None:
+    files = [f for pattern in metadata["package_data"]["eclip.dataloading"] for f in (ROOT / "dataloading").glob(pattern)]
+    assert any(f.suffix == ".tar" for f in files)
+    assert any("LICENSE" in f.name for f in files)
+
+
+def test_every_dependency_has_a_tested_version(metadata: dict[str, Any]) -> None:
+    wanted = names(metadata["install_requires"] + metadata["extras_require"]["dev"] + metadata["extras_require"]["towers"])
+    pinned = names([line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"])
+    assert wanted <= pinned, f"without a version in constraints.txt: {sorted(wanted - pinned)}"
+
+
+def test_version_is_the_package_s(metadata: dict[str, Any]) -> None:
+    import eclip
+
+    assert metadata["version"] == eclip.__version__
