@@ -18,21 +18,22 @@
 
 For a backward pass use `bench.backward(function, *inputs)`: a callable that runs forward and backward and returns the
 gradients, `.grad` untouched. `bench(...)` returns what the call returned, so a benchmark may check or note an error:
-keyword arguments it does not know (`error=1e-3`) become columns of the record. One `bench(...)` call a test.
+keyword arguments it does not know (`error=1e-3`) become columns of the record, and `images=n` adds images/s. One
+`bench(...)` call a test.
 
 What is measured. On a GPU: device time between two CUDA events around one replay of a CUDA graph of the call (plain
-launches with `graph=False`, or where capture fails; the row says which), the L2 cache overwritten before each of
-`rounds` rounds, after `warmup` calls; peak memory is what one call allocates above its inputs. Bandwidth and bf16
-matmul rate are measured in the same session, and `share` = (the larger of bytes / bandwidth and flops / rate) / median
-time: 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few rounds, small shapes, no
-roofline: such a row shows that the benchmark runs and nothing else, and says so.
+launches with `graph=False`, for work on the host, or where capture fails; the row says which), the L2 cache
+overwritten before each of `rounds` rounds, after `warmup` calls; peak memory is what one call allocates above its
+inputs. Bandwidth and bf16 matmul rate are measured in the same session, and `share` = (the larger of bytes / bandwidth
+and flops / rate) / median time: 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few
+rounds, small shapes, no roofline: such a row shows that the benchmark runs and nothing else, and says so.
 
 Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python benchmarks/report.py` makes the tables.
 """
 
 import datetime
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,6 +96,7 @@ def median_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
     replay, _ = capture(call, warmup=3)
     spans = []
     for _ in range(rounds):
+        replay()  # keeps the GPU busy while the CPU enqueues the round: no launch gap between the events
         start = cuda_clock()
         replay()
         spans.append(cuda_clock() - start)
@@ -159,6 +161,7 @@ class Bench:
         rounds: int | None = None,
         warmup: int = 3,
         graph: bool = True,
+        images: int | None = None,
         **columns: float | str,
     ) -> Any:
         """Time `call` and record a row; returns what the call returned. See the top of this file."""
@@ -180,8 +183,12 @@ class Bench:
             replay, timing = capture(call, warmup) if graph else (call, "launches")
             info.update(timing=timing)
             # The flush also keeps the GPU busy while the CPU enqueues the round: no launch gap between the events.
-            result = self._benchmark.pedantic(replay, setup=self._overwrite_l2, rounds=rounds or 30, warmup_rounds=warmup)
+            result = self._benchmark.pedantic(
+                replay, setup=self._overwrite_l2, rounds=rounds or 30, warmup_rounds=warmup
+            )
         if self._benchmark.stats:
+            if images:
+                info["images_per_s"] = images / self._benchmark.stats.stats.median
             self._rate(self._benchmark.stats.stats.median, bytes, flops, info)
         return result
 
@@ -213,9 +220,9 @@ def roofline(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def _flush() -> Iterator[Tensor | None]:
+def _flush() -> Tensor | None:
     # Four times the 60 MB of an H200's L2: what the previous round read is gone.
-    yield torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if ON_GPU else None
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if ON_GPU else None
 
 
 @pytest.fixture

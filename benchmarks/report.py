@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")
+"""What is kept of pytest-benchmark's machine_info: not the host's name."""
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, float], list[str]]:
@@ -27,12 +29,16 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, fl
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            remarks.append(f"{path.stem}: no result ({type(error).__name__}); it was stopped by the time limit, or failed")
+            remarks.append(
+                f"{path.stem}: no result ({type(error).__name__}); it was stopped by the time limit, or failed"
+            )
             continue
-        machine.update(record.get("machine_info", {}))
+        machine |= {k: v for k, v in record.get("machine_info", {}).items() if k in MACHINE}
         for name, value in record.get("roofline", {}).items():
             roofline[name] = max(value, roofline.get(name, 0.0))
-        found = [{"name": b["fullname"], **_spread(b["stats"]), **b["extra_info"]} for b in record.get("benchmarks", [])]
+        found = [
+            {"name": b["fullname"], **_spread(b["stats"]), **b["extra_info"]} for b in record.get("benchmarks", [])
+        ]
         if not found:
             remarks.append(f"{path.stem}: no benchmark ran")
         rows += found
@@ -59,13 +65,28 @@ COLUMNS = {
     "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
     "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
     "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}" if "tflop_per_s" in r else "",
+    "images/s": lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else "",
     "share": lambda r: f"{r['share']:.0%} ({r['bound']})" if "share" in r else "",
     "peak memory": lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in r else "",
     "timed as": lambda r: r.get("timing", ""),
 }
 STANDARD = {
-    *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds", "name"),
-    *("gb_per_s", "tflop_per_s", "share", "bound", "peak_bytes", "speedup"),
+    *(
+        "op",
+        "provider",
+        "shape",
+        "dtype",
+        "bytes",
+        "flops",
+        "device",
+        "timing",
+        "note",
+        "seconds",
+        "iqr",
+        "rounds",
+        "name",
+    ),
+    *("gb_per_s", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
 }
 
 
@@ -95,8 +116,13 @@ def tests_line(path: Path | None) -> str:
         return "Tests marked `gpu`: no result."
     count = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
     passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
-    bad = [f"`{c.get('classname')}::{c.get('name')}`" for c in suite if c.find("failure") is not None or c.find("error") is not None]
-    line = f"Tests marked `gpu`: {passed} passed, {count['failures'] + count['errors']} failed, {count['skipped']} skipped."
+    bad = [
+        f"`{c.get('classname')}::{c.get('name')}`"
+        for c in suite
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
+    failed = count["failures"] + count["errors"]
+    line = f"Tests marked `gpu`: {passed} passed, {failed} failed, {count['skipped']} skipped."
     return line + (f" Failed: {', '.join(bad)}." if bad else "")
 
 

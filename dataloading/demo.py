@@ -8,6 +8,7 @@ three sources. Distractors come from the same split, never from the same series,
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -15,7 +16,8 @@ import multiprocessing
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import demo_scenes, demo_split, demo_textures, demo_titles, pack, schema
+from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, pack, schema
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
@@ -33,7 +35,9 @@ from .schema import SOURCES, ImageRecord, Product
 ARCHIVE = Path(__file__).parent / "demo_catalog" / "cc0_products.tar"
 """Views (cropped RGBA WebP, at most 192 px) and products.jsonl."""
 _RECORD = "demo.json"
+_Sample = tuple[Product, list[bytes]]
 _MIN_ASPECT = 0.2
+_FROM_BEHIND = (1, 5, 9)  # positions of the rear views of every SKU: nobody shows the back of a cabinet
 
 
 @cache
@@ -54,12 +58,14 @@ def read_catalog() -> tuple[CatalogProduct, ...]:
     for line in _archive()["products.jsonl"].decode().splitlines():
         row = json.loads(line)
         width, depth, height = row["size_cm"]
+        seen = demo_colours.colour_share([_view(name) for name in row["views"][:5:2]], row["colour"])
         sku = CatalogSku(
             sku=row["sku"],
             colour=row["colour"],
             recoloured=row["recoloured"],
             size_cm=(width, depth, height),
             views=tuple(row["views"]),
+            colour_seen=seen >= demo_colours.SEEN,
         )
         known = products.get(row["product"])
         products[row["product"]] = CatalogProduct(
@@ -74,7 +80,7 @@ def read_catalog() -> tuple[CatalogProduct, ...]:
     return tuple(products.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """Everything that decides what a product's sample looks like, the same in every process."""
 
@@ -89,18 +95,20 @@ class _Plan:
 
 
 def _clear_views(sku: CatalogSku) -> list[str]:
-    """Views that are not seen edge-on (a ruler from its end), or the three widest when all are."""
-    aspect = {name: min(_view(name).size) / max(_view(name).size) for name in sku.views}
-    clear = [name for name in sku.views if aspect[name] >= _MIN_ASPECT]
-    return clear if len(clear) >= 3 else sorted(sku.views, key=lambda name: -aspect[name])[:3]
+    """Views neither from behind nor edge-on (a ruler from its end); the three widest when all are narrow."""
+    views = [name for position, name in enumerate(sku.views) if position not in _FROM_BEHIND]
+    aspect = {name: min(_view(name).size) / max(_view(name).size) for name in views}
+    clear = [name for name in views if aspect[name] >= _MIN_ASPECT]
+    return clear if len(clear) >= 3 else sorted(views, key=lambda name: -aspect[name])[:3]
 
 
 def _distractors(plan: _Plan, p: int, title: str, colour: str, count: int, rng: np.random.Generator) -> list[Sprite]:
     """Draw SKUs of other products so that the title fits the titled product only.
 
-    A product of the same type is let in only in another colour, and only when the title names the colour.
+    A product of a like type is let in only in a clearly different colour, when the title names the colour.
     """
-    noun, coloured = demo_titles.head_noun(plan.products[p]), demo_titles.names_colour(title, colour)
+    noun = demo_titles.head_noun(plan.products[p])
+    coloured = demo_titles.names_colour(title, colour)
     sprites: list[Sprite] = []
     for q in rng.permutation(len(plan.products)):
         if len(sprites) == count:
@@ -109,8 +117,8 @@ def _distractors(plan: _Plan, p: int, title: str, colour: str, count: int, rng: 
         if plan.sides[q] != plan.sides[p] or plan.series[q] == plan.series[p]:
             continue
         skus = list(other.skus)
-        if demo_titles.head_noun(other) == noun:
-            skus = [s for s in skus if coloured and s.colour != colour]
+        if demo_titles.alike(demo_titles.head_noun(other), noun):
+            skus = [s for s in skus if coloured and s.colour_seen and demo_colours.distinct(s.colour, colour)]
         if skus:
             sku = skus[int(rng.integers(len(skus)))]
             views = _clear_views(sku)
@@ -118,7 +126,7 @@ def _distractors(plan: _Plan, p: int, title: str, colour: str, count: int, rng: 
     return sprites
 
 
-def _sample(plan: _Plan, p: int) -> tuple[Product, list[bytes]]:
+def _compose_product(plan: _Plan, p: int) -> _Sample:
     """Compose all images of product p and write its record."""
     product = plan.products[p]
     skus = product.skus[: max(1, plan.images_per_product // 2)]
@@ -132,7 +140,8 @@ def _sample(plan: _Plan, p: int) -> tuple[Product, list[bytes]]:
         view = _view(views[int(rng.integers(len(views)))])
         count = num_distractors(source, rng, plan.distractors)
         others = _distractors(plan, p, title, sku.colour, count, rng)
-        data, instances = compose(source, [Sprite(product=product.product, sku=sku.sku, view=view), *others], plan.image_size, rng)
+        titled = Sprite(product=product.product, sku=sku.sku, view=view)
+        data, instances = compose(source, [titled, *others], plan.image_size, rng)
         records.append(
             ImageRecord(
                 file=pack.image_name(number),
@@ -168,51 +177,49 @@ def _start_worker(plan: _Plan) -> None:
     _plan = plan
 
 
-def _work(p: int) -> tuple[Product, list[bytes]]:
+def _work(p: int) -> _Sample:
     assert _plan is not None
-    return _sample(_plan, p)
+    return _compose_product(_plan, p)
 
 
-def fingerprint(image_size: int, seed: int, images_per_product: int, distractors: tuple[int, int], limit: int | None) -> str:
+def fingerprint(
+    image_size: int, seed: int, images_per_product: int, distractors: tuple[int, int], limit: int | None
+) -> str:
     """Hash of the arguments, the archive and the code that composes: equal fingerprints, equal shards."""
     sha = hashlib.sha256(repr((image_size, seed, images_per_product, tuple(distractors), limit)).encode())
     sha.update(ARCHIVE.read_bytes())
-    for module in (demo_scenes, demo_split, demo_textures, demo_titles, pack, schema):
+    for module in (demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, pack, schema):
         sha.update(Path(str(module.__file__)).read_bytes())
     sha.update(Path(__file__).read_bytes())
     return sha.hexdigest()[:16]
 
 
-def _up_to_date(data_dir: Path, print_: str) -> bool:
+def _up_to_date(data_dir: Path, expected: str) -> bool:
     try:
         record = json.loads((data_dir / _RECORD).read_text())
     except (OSError, ValueError):
         return False
-    sizes = record.get("files", {})
-    return record.get("fingerprint") == print_ and all(
-        (data_dir / name).is_file() and (data_dir / name).stat().st_size == size for name, size in sizes.items()
-    )
+    if not isinstance(record, dict) or record.get("fingerprint") != expected:
+        return False
+    files = [(data_dir / name, size) for name, size in record["files"].items()]
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
-def _validate(image_size: int, images_per_product: int, distractors: tuple[int, int], limit: int | None, workers: int) -> None:
+def _validate(
+    image_size: int, images_per_product: int, distractors: tuple[int, int], limit: int | None, workers: int
+) -> None:
     if not 32 <= image_size <= 512:
-        raise ValueError(f"image_size={image_size}: the views have 192 px; choose 32..512")
+        raise ValueError(f"image_size={image_size} is out of range: the views have 192 px; choose 32 to 512")
     if images_per_product < 2:
-        raise ValueError(f"images_per_product={images_per_product}: training pairs need images of two sources, at least 2")
+        raise ValueError(
+            f"images_per_product={images_per_product}: pairs need images of two sources; choose at least 2"
+        )
     if not 0 <= distractors[0] <= distractors[1] <= 6:
-        raise ValueError(f"distractors={distractors}: expected 0 <= low <= high <= 6")
+        raise ValueError(f"distractors={distractors}: expected two numbers, 0 <= low <= high <= 6")
     if limit is not None and limit < 20:
-        raise ValueError(f"limit={limit}: fewer than 20 products leave a split empty")
+        raise ValueError(f"limit={limit}: fewer than 20 products leave a split without distractors")
     if workers < 1:
-        raise ValueError(f"workers={workers}: at least 1")
-
-
-def _composed(plan: _Plan, split: str, workers: int, bar: "tqdm[None]", pool: "multiprocessing.pool.Pool | None") -> Iterator[tuple[Product, list[bytes]]]:
-    positions = [p for p, side in enumerate(plan.sides) if side == split]
-    samples = map(lambda p: _sample(plan, p), positions) if pool is None else pool.imap(_work, positions)
-    for product, images in samples:
-        bar.update(len(images))
-        yield product, images
+        raise ValueError(f"workers={workers}: choose at least 1")
 
 
 def pack_demo(
@@ -228,44 +235,51 @@ def pack_demo(
 ) -> None:
     """Write train, val and test shards of the embedded catalogue unless they are there already.
 
-    image_size: side of the square JPEGs, pixels. images_per_product: spread over SKUs and sources; with fewer than two a
-    SKU, SKUs are left out. distractors: least and most other products in a customer photo. limit: the first so many products
-    of the catalogue only (tests). workers: processes, default the cores this process may use. The shards do not depend
-    on workers. Raises ValueError for settings out of range.
+    image_size: side of the square JPEGs, pixels. images_per_product: spread over SKUs and sources; SKUs that would get
+    fewer than two are left out. distractors: least and most other products in a customer photo. limit: only so many
+    products of the catalogue, evenly spaced (for tests). workers: processes, by default one a core; the shards do not
+    depend on their number. Like every program that starts processes, a script calling this with more than one worker
+    needs an `if __name__ == "__main__":` guard. Raises ValueError for settings out of range.
     """
-    workers = workers or max(1, len(os.sched_getaffinity(0)))
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _validate(image_size, images_per_product, distractors, limit, workers)
-    print_ = fingerprint(image_size, seed, images_per_product, distractors, limit)
-    if _up_to_date(data_dir, print_):
+    expected = fingerprint(image_size, seed, images_per_product, distractors, limit)
+    if _up_to_date(data_dir, expected):
         return
     data_dir.mkdir(parents=True, exist_ok=True)
-    (data_dir / _RECORD).unlink(missing_ok=True)
-    products = read_catalog()[:limit]
+    (data_dir / _RECORD).unlink(missing_ok=True)  # an interrupted run must not look finished
+    products = read_catalog()
+    if limit is not None and limit < len(products):
+        products = tuple(products[i * len(products) // limit] for i in range(limit))
     catalog, series = near_identical(products, lambda product: [_view(name) for name in product.skus[0].views])
-    sides = split_products(products, series)
-    plan = _Plan(image_size, seed, images_per_product, distractors, products, tuple(catalog), tuple(series), tuple(sides))
+    plan = _Plan(
+        image_size=image_size,
+        seed=seed,
+        images_per_product=images_per_product,
+        distractors=distractors,
+        products=products,
+        catalog=tuple(catalog),
+        series=tuple(series),
+        sides=tuple(split_products(products, series)),
+    )
 
     files: dict[str, int] = {}
-    pool = None
-    if workers > 1:
-        # spawn: torch may already run threads here, and a forked copy of those can hang.
-        pool = multiprocessing.get_context("spawn").Pool(workers, initializer=_start_worker, initargs=(plan,))
-    try:
-        with tqdm(total=images_per_product * len(products), unit="img", desc=f"composing {data_dir}", disable=not progress) as bar:
-            for split in SPLITS:
-                tars = pack.write_shards(_composed(plan, split, workers, bar, pool), data_dir, split)
-                files |= {t.name: t.stat().st_size for t in tars}
-    finally:
-        if pool is not None:
-            pool.terminate()
-            pool.join()
+    total = images_per_product * len(products)
+    with (
+        _workers(workers, plan) as compose_all,
+        tqdm(total=total, unit="img", desc="composing", disable=not progress, mininterval=0.5) as bar,
+    ):
+        for split in SPLITS:
+            positions = [p for p, side in enumerate(plan.sides) if side == split]
+            tars = pack.write_shards(_counted(compose_all(positions), bar), data_dir, split)
+            files |= {tar.name: tar.stat().st_size for tar in tars}
     record = {
-        "fingerprint": print_,
+        "fingerprint": expected,
         "image_size": image_size,
         "seed": seed,
         "images_per_product": images_per_product,
         "distractors": list(distractors),
-        "products": {split: sides.count(split) for split in SPLITS},
+        "products": {split: plan.sides.count(split) for split in SPLITS},
         "files": files,
     }
     part = data_dir / f"{_RECORD}.part"
@@ -273,33 +287,60 @@ def pack_demo(
     part.replace(data_dir / _RECORD)
 
 
+def _counted(samples: Iterable[_Sample], bar: "tqdm[None]") -> Iterator[_Sample]:
+    for product, images in samples:
+        bar.update(len(images))
+        yield product, images
+
+
+@contextlib.contextmanager
+def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterable[_Sample]]]:
+    """Yield a function that composes products in order, here or in `workers` processes."""
+    if workers == 1:
+        yield lambda positions: (_compose_product(plan, p) for p in positions)
+        return
+    # spawn: torch may already run threads here, and a forked copy of those can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
+    try:
+        yield lambda positions: pool.map(_work, positions)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `pack_demo`."""
-    parser = argparse.ArgumentParser(prog="python -m eclip.dataloading.demo", description="Write the embedded catalogue as shards.")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of the shards (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=160, help="side of the images, pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and titles; the split is fixed (default: %(default)s)")
-    parser.add_argument("--images-per-product", type=int, default=40, help="images of each product (default: %(default)s)")
-    parser.add_argument("--distractors", type=int, nargs=2, metavar=("LOW", "HIGH"), default=DISTRACTORS, help="other products in a customer photo (default: 2 6)")
-    parser.add_argument("--limit", type=int, default=None, help="only the first N products (default: all 172)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    a = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m eclip.dataloading.demo",
+        description="Write the embedded catalogue (172 CC0 products) as train, val and test shards.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/demo"), help="folder of the shards")
+    add("--image-size", type=int, default=160, help="side of the images, pixels")
+    add("--seed", type=int, default=0, help="seed of scenes and titles; the split is fixed")
+    add("--images-per-product", type=int, default=40, help="images of each product")
+    add("--distractors", type=int, nargs=2, default=DISTRACTORS, help="least and most products beside the titled one")
+    add("--limit", type=int, help="only so many products")
+    add("--workers", type=int, help="processes, one a core when not given")
+    add("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
     try:
         pack_demo(
-            a.out,
-            image_size=a.image_size,
-            seed=a.seed,
-            images_per_product=a.images_per_product,
-            distractors=tuple(a.distractors),
-            limit=a.limit,
-            workers=a.workers,
-            progress=not a.no_progress,
+            args.out,
+            image_size=args.image_size,
+            seed=args.seed,
+            images_per_product=args.images_per_product,
+            distractors=tuple(args.distractors),
+            limit=args.limit,
+            workers=args.workers,
+            progress=not args.no_progress,
         )
     except ValueError as error:
         parser.error(str(error))
-    record = json.loads((a.out / _RECORD).read_text())
-    print(f"{a.out}: {record['products']} products, {sum(record['files'].values()) / 2**20:.0f} MiB, fingerprint {record['fingerprint']}")
+    record = json.loads((args.out / _RECORD).read_text())
+    counts = ", ".join(f"{split} {n}" for split, n in record["products"].items())
+    print(f"{args.out}: products {counts}; {sum(record['files'].values()) / 2**20:.0f} MiB of shards")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ visible shares are those of the pixels one really sees. Layers: 0 background, k 
 else in front. Blur, cast and JPEG noise come after the boxes and move nothing.
 """
 
+import colorsys
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ DISTRACTORS = (2, 6)
 """Distractors in a customer photo, both ends included; few are likelier (halving), so that 2 or 3 are typical."""
 
 _OTHER = 255
+_OPAQUE = 40  # a beer glass has alpha 100, an anti-aliased rim less
 _ATTEMPTS = 12
 
 
@@ -42,7 +44,7 @@ class _Layer:
 
     @property
     def opaque(self) -> np.ndarray:
-        return np.asarray(self.picture.getchannel("A")) >= 128
+        return np.asarray(self.picture.getchannel("A")) >= _OPAQUE
 
 
 def _label_map(layers: Sequence[_Layer], size: int) -> np.ndarray:
@@ -83,7 +85,7 @@ def _scaled(view: Image.Image, longest: float, tilt: float = 0.0) -> Image.Image
     picture = view.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
     if tilt:
         picture = picture.rotate(tilt, Image.Resampling.BICUBIC, expand=True)
-        picture = picture.crop(picture.getchannel("A").point([0] * 128 + [255] * 128).getbbox())
+        picture = picture.crop(picture.getchannel("A").point([0] * _OPAQUE + [255] * (256 - _OPAQUE)).getbbox())
     return picture
 
 
@@ -123,10 +125,20 @@ def _box(layer: _Layer) -> tuple[int, int, int, int]:
 
 
 def _place_beside(
-    rng: np.random.Generator, picture: Image.Image, label: int, placed: Sequence[_Layer], size: int, tries: int, cut: float
+    rng: np.random.Generator,
+    picture: Image.Image,
+    label: int,
+    placed: Sequence[_Layer],
+    size: int,
+    *,
+    tries: int,
+    cut: float,
 ) -> _Layer:
-    """Put a picture where it overlaps least of `tries` random places."""
-    spots = [_Layer(picture, _inside(rng, size, picture.width, cut), _inside(rng, size, picture.height, cut), label) for _ in range(tries)]
+    """Put a picture where it overlaps least of `tries` random places, up to the share `cut` off the canvas."""
+    spots = []
+    for _ in range(tries):
+        x, y = _inside(rng, size, picture.width, cut), _inside(rng, size, picture.height, cut)
+        spots.append(_Layer(picture, x, y, label))
     return min(spots, key=lambda spot: sum(_overlap(_box(spot), _box(other)) for other in placed))
 
 
@@ -173,7 +185,8 @@ def _room(size: int, rng: np.random.Generator) -> Image.Image:
     canvas = surface(rng, ("plaster", "gradient", "shelves", "shelves"), size)
     horizon = int(rng.uniform(0.5, 0.8) * size)
     canvas.paste(surface(rng, ("wood", "fabric", "plaster"), size, size - horizon), (0, horizon))
-    ImageDraw.Draw(canvas).line((0, horizon, size, horizon), fill=tuple(int(c * 0.5) for c in calm_colour(rng)), width=max(1, size // 100))
+    edge = tuple(int(c * 0.5) for c in calm_colour(rng))
+    ImageDraw.Draw(canvas).line((0, horizon, size, horizon), fill=edge, width=max(1, size // 100))
     return canvas
 
 
@@ -201,10 +214,11 @@ def _occluder(size: int, rng: np.random.Generator) -> _Layer:
         draw.rounded_rectangle((0, 0, width - 1, height - 1), radius=min(width, height) // 6, fill=255)
     picture = surface(rng, ("fabric", "wood", "gradient"), size).crop((0, 0, width, height))
     picture.putalpha(shape)
-    if width < height:  # hangs in from the left or right
-        x, y = (int(-0.4 * width) if rng.random() < 0.5 else size - int(0.6 * width)), int(rng.uniform(0, size - height))
-    else:
-        x, y = int(rng.uniform(0, size - width)), (int(-0.4 * height) if rng.random() < 0.3 else size - int(0.6 * height))
+    near, far = int(-0.4 * min(width, height)), size - int(0.6 * min(width, height))
+    if width < height:  # reaches in from the left or right
+        x, y = near if rng.random() < 0.5 else far, int(rng.uniform(0, size - height))
+    else:  # from above or, more often, below
+        x, y = int(rng.uniform(0, size - width)), near if rng.random() < 0.3 else far
     return _Layer(picture, x, y, _OTHER)
 
 
@@ -218,7 +232,7 @@ def _customer(sprites: Sequence[Sprite], size: int, rng: np.random.Generator) ->
         others: list[_Layer] = []
         for k, sprite in enumerate(sprites[1:], start=2):
             small = _scaled(sprite.view, rng.uniform(0.25, 0.5) * size, rng.normal(0, 5))
-            others.append(_place_beside(rng, small, k, [main, *others], size, int(rng.integers(2, 9)), 0.25))
+            others.append(_place_beside(rng, small, k, [main, *others], size, tries=int(rng.integers(2, 9)), cut=0.25))
         front = rng.random(len(others)) < 0.35
         behind = sorted((v for v, f in zip(others, front, strict=True) if not f), key=lambda v: v.y + v.picture.height)
         layers = [*behind, main, *(v for v, f in zip(others, front, strict=True) if f)]
@@ -236,11 +250,13 @@ def _customer(sprites: Sequence[Sprite], size: int, rng: np.random.Generator) ->
 
 
 def _bright(rng: np.random.Generator) -> tuple[int, int, int]:
-    red, green, blue = (int(v) for v in calm_colour(rng, (0.25, 0.75)))
-    return red, green, blue
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.95))
+    return int(red * 255), int(green * 255), int(blue * 255)
 
 
-def _text_bars(draw: ImageDraw.ImageDraw, rng: np.random.Generator, x: float, y: float, width: float, size: int) -> None:
+def _text_bars(
+    draw: ImageDraw.ImageDraw, rng: np.random.Generator, x: float, y: float, width: float, size: int
+) -> None:
     """Lines of word-like bars: a headline and one to three lines of small print."""
     ink = (30, 30, 35) if rng.random() < 0.6 else (250, 250, 250)
     for line in range(int(rng.integers(2, 5))):
@@ -279,7 +295,7 @@ def _ad(sprites: Sequence[Sprite], size: int, rng: np.random.Generator) -> tuple
     layers = [main]
     for k, sprite in enumerate(sprites[1:], start=2):
         small = _scaled(sprite.view, rng.uniform(0.22, 0.4) * size)
-        layers.append(_place_beside(rng, small, k, layers, size, 16, 0.05))
+        layers.append(_place_beside(rng, small, k, layers, size, tries=16, cut=0.05))
     layers.reverse()  # the advertised product is in front
     if rng.random() < 0.35:  # a price badge stuck over a corner
         side = int(rng.uniform(0.14, 0.22) * size)
@@ -307,7 +323,9 @@ def num_distractors(source: str, rng: np.random.Generator, distractors: tuple[in
     return low + int(rng.choice(high - low + 1, p=odds / odds.sum()))
 
 
-def compose(source: str, sprites: Sequence[Sprite], size: int, rng: np.random.Generator) -> tuple[bytes, tuple[Instance, ...]]:
+def compose(
+    source: str, sprites: Sequence[Sprite], size: int, rng: np.random.Generator
+) -> tuple[bytes, tuple[Instance, ...]]:
     """Compose one scene: the titled product is sprites[0], the others are its distractors.
 
     Returns the JPEG (size x size) and the instances seen, the titled product first, boxes in pixels of the JPEG.

@@ -20,6 +20,7 @@ _SPLIT_SEED = 2023  # any constant: the split belongs to the catalogue, not to a
 # (beds, radiators, tables) below 0.72.
 _SAME_SILHOUETTE = 0.75
 _SAME_SIZE = 0.1  # largest |log ratio| of the sorted sides: within 10%
+_STRETCHED = 0.45  # a speaker 1.55 times as tall as its neighbour is still the same design
 
 
 def silhouettes(views: Sequence[Image.Image], side: int = 24) -> np.ndarray:
@@ -75,8 +76,9 @@ def near_identical(
         return float(np.abs(a - b).max())
 
     def same_entry(i: int, j: int) -> bool:
+        difference = size_difference(i, j)
         return products[i].creator == products[j].creator and (
-            size_difference(i, j) <= _SAME_SIZE or similarity(i, j) >= _SAME_SILHOUETTE
+            difference <= _SAME_SIZE or (difference <= _STRETCHED and similarity(i, j) >= _SAME_SILHOUETTE)
         )
 
     def same_series(i: int, j: int) -> bool:
@@ -112,22 +114,18 @@ def split_products(products: Sequence[CatalogProduct], series: Sequence[str]) ->
             side[i] = split
         taken[split] += len(group)
 
-    alone: list[list[int]] = []
-    for noun in sorted(by_noun):
-        groups = by_noun[noun]
-        if len(groups) < 2:
-            alone += groups
-            continue
-        total = sum(len(g) for g in groups)
-        # Small groups first: a large series teaches more than it tests.
-        order = sorted(rng.permutation(len(groups)), key=lambda g: len(groups[g]))
-        quota = {"test": max(1, round(0.3 * total)), "val": round(0.12 * total)}
-        for g in order[:-1]:
-            for split in ("test", "val"):
-                if len(groups[g]) <= quota[split] and taken[split] + len(groups[g]) <= want[split]:
-                    quota[split] -= len(groups[g])
-                    take(groups[g], split)
-                    break
+    # Test first, from every noun that can spare some; then val up to three quarters of its size.
+    for split, share, most in (("test", 0.3, want["test"]), ("val", 0.12, 3 * want["val"] // 4)):
+        for n in rng.permutation(len(by_noun)):
+            groups = by_noun[sorted(by_noun)[n]]
+            rest = [g for g in groups if side[g[0]] == "train"]
+            # Small groups first: a large series teaches more than it tests. One group always stays.
+            quota = max(1, round(share * sum(map(len, groups))))
+            for g in sorted(rng.permutation(len(rest)), key=lambda g: len(rest[g]))[:-1]:
+                if len(rest[g]) <= quota and taken[split] + len(rest[g]) <= most:
+                    quota -= len(rest[g])
+                    take(rest[g], split)
+    alone = [by_noun[noun][0] for noun in sorted(by_noun) if len(by_noun[noun]) == 1]
     for g in rng.permutation(len(alone)):
         for split in ("test", "val"):
             if taken[split] + len(alone[g]) <= want[split]:

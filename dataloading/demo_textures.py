@@ -16,10 +16,11 @@ POOL_SIZE = 16  # textures of each kind: with crop, flip and tint no two backgro
 _KIND_SEED = 7711
 
 
-def calm_colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.03, 0.35)) -> np.ndarray:
-    """A muted colour of any hue. Returns (3,) float32 in 0..255."""
+def calm_colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.02, 0.22)) -> np.ndarray:
+    """A muted colour, two in three of the warm hues of interiors. Returns (3,) float32 in 0..255."""
+    hue = rng.uniform(0.03, 0.15) if rng.random() < 2 / 3 else rng.random()
     value = rng.uniform(0.45, 0.95)
-    return np.asarray(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), value), np.float32) * 255
+    return np.asarray(colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), value), np.float32) * 255
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: tuple[int, int]) -> np.ndarray:
@@ -34,7 +35,9 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 def _plaster(rng: np.random.Generator, side: int) -> Image.Image:
     cells = int(rng.integers(3, 8))
-    relief = 7 * smooth_noise(rng, side, side, (cells, cells)) + 3 * smooth_noise(rng, side, side, (side // 6, side // 6))
+    relief = 7 * smooth_noise(rng, side, side, (cells, cells)) + 3 * smooth_noise(
+        rng, side, side, (side // 6, side // 6)
+    )
     relief = relief + rng.uniform(1, 4) * rng.standard_normal((side, side))
     return _image(calm_colour(rng) + relief[..., None])
 
@@ -49,7 +52,9 @@ def _gradient(rng: np.random.Generator, side: int) -> Image.Image:
 
 def _wood(rng: np.random.Generator, side: int) -> Image.Image:
     # Hue 0.05-0.11: oak to walnut. The grain runs along x: streaks are noise stretched 20:1, rings a warped sine.
-    base = np.asarray(colorsys.hsv_to_rgb(rng.uniform(0.05, 0.11), rng.uniform(0.25, 0.6), rng.uniform(0.4, 0.85))) * 255
+    base = (
+        np.asarray(colorsys.hsv_to_rgb(rng.uniform(0.05, 0.11), rng.uniform(0.25, 0.6), rng.uniform(0.4, 0.85))) * 255
+    )
     y = np.arange(side, dtype=np.float32)[:, None] / side
     warp = smooth_noise(rng, side, side, (6, 3)) * rng.uniform(0.04, 0.1)
     rings = np.sin(2 * np.pi * rng.uniform(5, 14) * (y + warp))
@@ -68,10 +73,10 @@ def _fabric(rng: np.random.Generator, side: int) -> Image.Image:
     period = rng.uniform(3, 6)
     weave = np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period)
     folds = smooth_noise(rng, side, side, (int(rng.integers(2, 5)), int(rng.integers(2, 7))))
-    base = calm_colour(rng, (0.1, 0.45))
+    base = calm_colour(rng, (0.05, 0.35))
     pixels = np.broadcast_to(base, (side, side, 3)).copy()
     if rng.random() < 0.5:
-        stripe = calm_colour(rng, (0.1, 0.45)) * 0.5 + base * 0.5
+        stripe = calm_colour(rng, (0.05, 0.35)) * 0.5 + base * 0.5
         width = side / rng.uniform(4, 14)
         pixels[(x // width) % 2 == 1] = stripe
         if rng.random() < 0.4:
@@ -113,7 +118,9 @@ def texture(kind: str, number: int, side: int) -> Image.Image:
     return _DRAW[kind](np.random.default_rng([_KIND_SEED, KINDS.index(kind), number]), side)
 
 
-def surface(rng: np.random.Generator, kinds: tuple[str, ...], image_size: int, height: int | None = None) -> Image.Image:
+def surface(
+    rng: np.random.Generator, kinds: tuple[str, ...], image_size: int, height: int | None = None
+) -> Image.Image:
     """A random crop of a random texture of the given kinds, mirrored and tinted. Returns image_size x height, RGB.
 
     The pool's textures have 1.5 times the side of the image; `height` defaults to image_size and must not exceed it.

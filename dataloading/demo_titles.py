@@ -5,6 +5,7 @@ title uses a random subset of them in a random template, as titles of one produc
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,15 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogSku:
-    """One colour variant of a product. `views` are names of RGBA images in the archive, `size_cm` width, depth, height."""
+    """One colour variant of a product. `views` are names of RGBA images, `size_cm` is width, depth, height."""
 
     sku: str
     colour: str
     recoloured: bool
     size_cm: tuple[float, float, float]
     views: tuple[str, ...]
+    colour_seen: bool = True
+    """False when the colour is of a part too small to call the product by it: titles then leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,30 @@ _HEADS = {
     "Bookcase": "shelves",
     "Crate": "box",
     "Flacon": "bottle",
+    "Island extension": "island",
 }
+# Names of types that one may call by each other's name: such a product is a distractor only in another colour.
+_ALIKE = (
+    {"chair", "armchair", "stool", "sofa", "bench"},
+    {"cabinet", "cupboard", "shelves", "vanity", "island", "locker", "refrigerator", "oven", "desk", "piano"},
+    {"table", "desk", "island", "stand", "bench", "stool"},
+    {"oven", "cooktop", "stove", "hood"},
+    {"plant", "cactus", "orchids", "box"},
+    {"box", "barrel", "container", "briefcase", "pallet"},
+    {"cup", "glass", "bottle", "pot", "milk"},
+    {"lamp", "lantern"},
+    {"toilet", "urinal", "bidet", "washbasin", "potty"},
+    {"railing", "fence", "board", "door", "tatami", "radiator"},
+    {"shower head", "stall", "door"},
+    {"towel", "rack"},
+    {"seesaw", "swing", "hut", "motorbike", "rocking horse"},
+    {"bear", "toy", "deer", "rocking horse"},
+    {"slippers", "bootie"},
+    {"handbag", "briefcase"},
+    {"bread", "cup cake", "hot dog", "butter"},
+    {"tv", "board", "sign"},
+)
+_ADJECTIVES = {"Osaka", "Winchester", "Japanese"}
 # "Blend Swap" is where the model came from; the others repeat the category or are wrong for the object seen.
 _NOT_TOLD = {"blend swap", "outdoor", "adjustable"}
 _BUCKETS = ((12.0, "tiny"), (40.0, "small"), (90.0, "medium"), (160.0, "large"), (float("inf"), "very large"))
@@ -78,6 +104,11 @@ def head_noun(product: CatalogProduct) -> str:
     if product.name in _HEADS:
         return _HEADS[product.name]
     return product_name(product).split(" with ")[0].split()[-1].lower()
+
+
+def alike(a: str, b: str) -> bool:
+    """Whether two head nouns are equal or close enough that a title with one could be taken for the other."""
+    return a == b or any(a in group and b in group for group in _ALIKE)
 
 
 def size_bucket(size_cm: tuple[float, float, float]) -> str:
@@ -105,40 +136,52 @@ def longest_side(size_cm: tuple[float, float, float]) -> str:
     return f"{_centimetres(max(size_cm))} cm"
 
 
+def _running_text(name: str) -> str:
+    """The name as it stands inside a sentence: lower case but for "iPhone", "TV" and adjectives of places."""
+    words = name.split()
+    kept = (w if w in _ADJECTIVES or any(c.isupper() for c in w[1:]) else w.lower() for w in words)
+    return " ".join("Apple" if w == "apple" else w for w in kept)
+
+
 def draw_title(product: CatalogProduct, sku: CatalogSku, rng: np.random.Generator) -> str:
-    """A title of one SKU. About five in six name the colour, half a size, a third a tag or the room."""
-    name, colour, category = product_name(product), sku.colour, product.category.lower()
-    low = name if name.split()[-1][:1].isupper() or name.isupper() else name.lower()
+    """A title of one SKU: always its name, mostly its colour (if seen), often a size, a tag or the category."""
+    name, low = product_name(product), _running_text(product_name(product))
+    colour = sku.colour
     size = dimensions(sku.size_cm) if rng.random() < 0.4 else longest_side(sku.size_cm)
     tags = told_tags(product)
-    tag = str(rng.choice(tags)) if tags else category
-    templates = [
+    tag = tags[int(rng.integers(len(tags)))] if tags else ""
+    field = product.category.lower() if product.category != "Miscellaneous" else tag
+    plain = [name, f"{name}, {size}", f"{name} {size}"]
+    coloured = [
         f"{colour.capitalize()} {low}",
         f"{colour.capitalize()} {low}, {size}",
         f"{name}, {colour}, {size}",
         f"{name} in {colour}",
         f"{name} - {colour} - {size}",
-        f"{low} | {category} | {colour}",
-        f"{low} | {tag} | {colour} | {size}",
-        f"{name} ({colour}), {tag}",
-        f"{category.capitalize()}: {colour} {low}, {size}",
         f"{name} {size} {colour}",
-        f"{name}, {size}",
-        f"{low} | {category} | {size}",
     ]
+    if tag:
+        plain.append(f"{name} ({tag}), {size}")
+        coloured += [f"{low} | {tag} | {colour} | {size}", f"{name} ({colour}), {tag}"]
+    if field:
+        plain += [f"{low} | {field} | {size}", f"{field.capitalize()}: {low}"]
+        coloured += [f"{low} | {field} | {colour}", f"{field.capitalize()}: {colour} {low}, {size}"]
     if product.category in _ROOMS:
-        templates += [f"{colour.capitalize()} {low} for the {category}", f"{name} for the {category}, {colour}, {size}"]
+        plain.append(f"{name} for the {field}")
+        coloured += [f"{colour.capitalize()} {low} for the {field}", f"{name} for the {field}, {colour}, {size}"]
+    templates = coloured if sku.colour_seen and rng.random() < 0.85 else plain
     return templates[int(rng.integers(len(templates)))]
 
 
 def names_colour(title: str, colour: str) -> bool:
     """Whether a title tells the colour."""
-    return colour.lower() in title.lower().replace("|", " ").replace(",", " ").replace("(", " ").replace(")", " ").split()
+    return re.search(rf"\b{re.escape(colour)}\b", title, re.IGNORECASE) is not None
 
 
 def product_title(product: CatalogProduct) -> str:
     """The title that holds for every SKU: name, category, size, no colour."""
-    return f"{product_name(product)}, {product.category.lower()}, {dimensions(product.skus[0].size_cm)}"
+    category = f", {product.category.lower()}" if product.category != "Miscellaneous" else ""
+    return f"{product_name(product)}{category}, {dimensions(product.skus[0].size_cm)}"
 
 
 def titles_by_language(product: CatalogProduct) -> dict[str, str]:
@@ -148,10 +191,11 @@ def titles_by_language(product: CatalogProduct) -> dict[str, str]:
 
 
 def attributes(product: CatalogProduct) -> dict[str, Any]:
-    """Facts as labels: colour (of the original), colours (of all SKUs), category, size (bucket) and type (head noun)."""
+    """Facts as labels: colour of the original ("other" if not seen), all colours, category, size bucket, type."""
+    seen = [s.colour if s.colour_seen else "other" for s in product.skus]
     return {
-        "colour": product.skus[0].colour,
-        "colours": sorted({s.colour for s in product.skus}),
+        "colour": seen[0],
+        "colours": sorted(set(seen)),
         "category": product.category,
         "size": size_bucket(product.skus[0].size_cm),
         "type": head_noun(product),

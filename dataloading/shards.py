@@ -1,17 +1,16 @@
 """The index of a packed split: where every image lies in the tars, and the facts that sampling needs.
 
 Shards are plain WebDataset tars `<split>-000000.tar`, ...: a sample is a run of members sharing the part of their name
-before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers and the JSONs gives an
-index of about 50 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar changes.
+before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers and the JSONs gives
+an index of about 40 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar changes.
 Images are then read by offset, one `pread` each, in any order and from any process.
 
-The scan is also the check before training: a missing, truncated or overwritten tar, an empty catalogue, a JSON without a
-title raise ValueError in one line that names the file and the rule.
+The scan is also the check before training: a missing, truncated or overwritten tar, an empty catalogue, a JSON without
+a title raise ValueError in one line that names the file and the rule.
 """
 
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -101,17 +100,16 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Span]]]:
                     members[suffix] = (info.offset_data, info.size)
                     if info.offset_data + info.size > size:
                         break
-                tar.members = []  # tarfile would remember every header
             end = tar.offset
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole tar ({error}); it is truncated or damaged, pack or copy it again") from None
+        raise ValueError(f"{path}: not a whole tar ({error}): truncated or damaged, copy or pack it again") from None
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)
     if end > size or len(block) < _BLOCK:
-        raise ValueError(f"{path}: truncated at {size} bytes (no end-of-archive mark); pack or copy it again")
+        raise ValueError(f"{path}: truncated at {size} bytes (no end-of-archive mark); copy or pack it again")
     if any(block):
-        raise ValueError(f"{path}: damaged header at byte {end}; the rest of the tar cannot be read, pack or copy it again")
+        raise ValueError(f"{path}: damaged header at byte {end}; the rest is unreadable, copy or pack it again")
     if members:
         yield key, members
 
@@ -149,7 +147,7 @@ class _Builder:
     def add(self, shard: int, path: Path, key: str, members: Mapping[str, Span]) -> None:
         where = f"{path}: {key}.json"
         if "json" not in members:
-            raise ValueError(f"{where} is missing; every sample needs its JSON in the same run of members as its images")
+            raise ValueError(f"{where} is missing; every sample needs its JSON next to its images")
         if key in self.keys:
             raise ValueError(f"{where}: the key occurs twice in the split; keys must be unique")
         with path.open("rb") as file:
@@ -183,9 +181,11 @@ class _Builder:
 
     def arrays(self) -> dict[str, NDArray]:
         """Columns and string tables, as they are saved."""
-        small = {"product_shard": np.int32, "json_size": np.int32, "num_images": np.int32, "category": np.int32,
-                 "image_size": np.int32, "image_source": np.uint8, "image_title": np.int32, "image_file": np.int32}  # fmt: skip
-        out = {name: np.array(values, small.get(name, np.int64)) for name, values in self.columns.items()}
+        wide = ("json_offset", "image_offset", "product_ids", "catalog_ids", "image_sku")
+        out: dict[str, NDArray] = {
+            name: np.array(values, np.int64 if name in wide else np.int32) for name, values in self.columns.items()
+        }
+        out["image_source"] = out["image_source"].astype(np.uint8)
         for name in ("keys", "titles", "files", "categories"):
             strings = _Strings.pack(list(getattr(self, name)))
             out[f"{name}_blob"], out[f"{name}_ends"] = strings.blob, strings.ends

@@ -14,6 +14,7 @@ from torch import Tensor
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FILE = "tokenizer.json"
+_LONGEST_WORD = 100  # letters; BERT's limit, longer ones are [UNK]
 _PRIVATE = 0xF0000  # first code point of the private planes, which titles do not use
 
 
@@ -24,13 +25,16 @@ def _bert_normalizer() -> normalizers.Normalizer:
 def _train_pieces(texts: Iterable[str], limit: int) -> list[str]:
     """At most `limit` WordPieces by the byte-pair rule (merge the most frequent pair), the same at every run.
 
-    `WordPieceTrainer` numbers the letters inside words ("##a") in the order of a randomly seeded hash map and breaks ties
-    by number, so that its vocabulary changes from run to run. `BpeTrainer` sorts its alphabet: it is given words whose
-    inner letters are replaced by private characters, and "##" is put back afterwards.
+    `WordPieceTrainer` numbers the letters inside words ("##a") in the order of a randomly seeded hash map and breaks
+    ties by number, so that its vocabulary changes from run to run. `BpeTrainer` sorts its alphabet: it is given words
+    whose inner letters are replaced by private characters, and "##" is put back afterwards.
     """
     normalizer, splitter = _bert_normalizer(), pre_tokenizers.BertPreTokenizer()
     words = Counter(
-        word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)) if len(word) <= 100
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+        if len(word) <= _LONGEST_WORD
     )
     letters: Counter[tuple[bool, str]] = Counter()
     for word, count in words.items():
@@ -55,7 +59,10 @@ def _train_pieces(texts: Iterable[str], limit: int) -> list[str]:
 
 
 class WordPiece:
-    """A BERT tokenizer: "Red sofa" -> [CLS] red sofa [SEP]. Attributes: vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id."""
+    """A BERT tokenizer: "Red sofa" -> [CLS] red sofa [SEP].
+
+    Attributes: vocab_size, and the ids pad_id, unk_id, cls_id, sep_id, mask_id.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -69,7 +76,7 @@ class WordPiece:
         absent = [name for name in SPECIALS if name not in vocab]
         if absent:
             raise ValueError(f"{where}: no {', '.join(absent)}; a BERT vocabulary holds all of {', '.join(SPECIALS)}")
-        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
         tokenizer.normalizer = _bert_normalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))

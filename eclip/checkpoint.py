@@ -25,6 +25,9 @@ from .dataloading.text import WordPiece
 from .model.eclip import ECLIP
 from .parallel import Ranks
 
+# A single rank asks for no process group; no need to be told at every save.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -61,8 +64,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     ranks.barrier()
     tensors = _model_tensors(model, momentum) | _optimizer_tensors(model, optimizer)
-    with _quiet():
-        dcp.save(tensors, checkpoint_id=partial, no_dist=ranks.mesh is None)
+    dcp.save(tensors, checkpoint_id=partial, no_dist=ranks.mesh is None)
     ranks.barrier()
     if ranks.is_main:
         (partial / "state.json").write_text(json.dumps({"step": step, "world_size": ranks.world_size, **state}))
@@ -87,8 +89,7 @@ def load_checkpoint(
     # AdamW makes its state at a parameter's first gradient: there is state for those that the checkpoint knows.
     fresh = _empty_optimizer_state(model, optimizer, stored)
     tensors |= {f"optimizer.{name}.{key}": t for name, entry in fresh.items() for key, t in entry.items()}
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=path, no_dist=ranks.mesh is None)
+    dcp.load(tensors, checkpoint_id=path, no_dist=ranks.mesh is None)
     parameters = dict(model.named_parameters())
     for name, entry in fresh.items():
         optimizer.state[parameters[name]] = entry
@@ -98,18 +99,17 @@ def load_checkpoint(
 def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[ECLIP, RunConfig, WordPiece]:
     """The newest checkpoint of a run: the model in eval mode on `device`, its configuration and its tokenizer.
 
-    One process suffices, whatever number of ranks wrote it. Raises ValueError when the folder holds no finished checkpoint.
+    One process suffices, whatever number of ranks wrote it. Raises ValueError when there is no checkpoint.
     """
     run_dir = Path(run_dir)
     path = newest_checkpoint(run_dir)
     if path is None or not (run_dir / "config.json").is_file():
-        raise ValueError(f"{run_dir}: no complete checkpoint; train there first (python -m eclip.train --run-dir {run_dir})")
+        raise ValueError(f"{run_dir}: no complete checkpoint; train first (python -m eclip.train --run-dir {run_dir})")
     config = read_config(run_dir)
     model = ECLIP(config.model)
     tensors = _model_tensors(model, None)
     _require_fit(path, tensors, _stored_shapes(path))
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return model.to(device).eval(), config, WordPiece.load(run_dir / "tokenizer")
 
 
@@ -161,8 +161,3 @@ def _require_fit(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str,
                 f"{path}: {key} of shape {tuple(value.shape)} {found}; "
                 f"resume with the configuration that the checkpoint was written with"
             )
-
-
-def _quiet() -> warnings.catch_warnings:
-    """DCP warns that it runs without a process group, which is what a single rank asks for."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -37,7 +37,7 @@ class ModelConfig:
     vision_eps: float = 1e-6
     """Epsilon of the image tower's LayerNorms: 1e-6 in timm and DINOv2; Hugging Face's ViTModel computes with 1e-12."""
     pixel_statistics: Literal["imagenet", "half"] = "imagenet"
-    """Mean and deviation pixels are normalised with: ImageNet's (timm default, DINOv2), or 0.5 (ViTs from ImageNet-21k)."""
+    """Pixels are normalised with ImageNet's mean and deviation (timm, DINOv2), or 0.5 (ViTs from ImageNet-21k)."""
     vocab_size: int = 4096
     """Rows of the token embedding; at least the tokenizer's vocabulary."""
     text_width: int = 192
@@ -63,7 +63,8 @@ class ModelConfig:
     """`reference` runs the whole model on plain PyTorch, for comparison."""
 
     def __post_init__(self) -> None:
-        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("embed_dim", "decoder_heads")):
+        pairs = (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("embed_dim", "decoder_heads"))
+        for width, heads in pairs:
             _require(
                 getattr(self, width) % getattr(self, heads) == 0,
                 f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
@@ -92,8 +93,10 @@ class DataConfig:
     demo_image_size: int = 160
     """Side of the embedded catalogue's composed images, pixels."""
     demo_images_per_product: int = 40
+    demo_products: int | None = None
+    """Pack only so many products of the embedded catalogue."""
     decoder: Literal["auto", "dali", "torch"] = "auto"
-    """JPEG decode and augmentation: DALI, or a DCT-scaled decode in DataLoader workers; auto takes the faster installed."""
+    """JPEG decode and augmentation: DALI, or a DCT-scaled decode in workers; auto takes the faster installed."""
     num_workers: int = 1
     max_tokens: int = 55
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -226,7 +229,7 @@ def _from_record(cls: Any, record: Mapping[str, Any]) -> Any:
     """Rebuild a dataclass from JSON values: nested dataclasses, Paths and tuples get their types back."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(record) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was the file written by another version?")
+    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was it written by another version?")
     return cls(**{name: _from_value(hints[name], value) for name, value in record.items()})
 
 
@@ -306,7 +309,6 @@ PRESETS: dict[PresetName, RunConfig] = {
             decoder_depth=3,
             decoder_heads=6,
         ),
-        data=DataConfig(demo_image_size=168),
         optim=OptimConfig(learning_rate=5e-4),
     ),
     # ECLIP-B and ECLIP-L of the paper; start them from ImageNet and BERT with --image-weights and --text-weights.
@@ -336,7 +338,9 @@ PRESETS: dict[PresetName, RunConfig] = {
             decoder_depth=1,
             decoder_heads=2,
         ),
-        data=DataConfig(data_dir=Path("data/debug"), demo_image_size=48, demo_images_per_product=6, num_workers=0),
+        data=DataConfig(
+            data_dir=Path("data/debug"), demo_image_size=48, demo_images_per_product=6, demo_products=40, num_workers=0
+        ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
     ),
 }
@@ -345,8 +349,8 @@ PRESETS: dict[PresetName, RunConfig] = {
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
     """Read flags (default: sys.argv) over the preset they name (default: demo).
 
-    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit for
-    --help and unknown flags, ValueError for values that break a rule.
+    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit
+    for --help and, with a message that names it, for an unknown flag or a value that breaks a rule.
     """
     import tyro  # here, so that a finished run opens where tyro is not installed
 

@@ -8,10 +8,12 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RunConfig
 
@@ -31,7 +33,7 @@ PEAK_FLOPS = {
 
 
 def console_sink(total_steps: int) -> MetricSink:
-    """`step 1200/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | mem 61 GiB | eta 1h02m`."""
+    """Print lines such as `step 1200/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | eta 1h02m`."""
     parts: list[tuple[str, Callable[[float], str]]] = [
         ("loss", lambda v: f"loss {v:.3f}"),
         ("grad_norm", lambda v: f"grad {v:.2f}"),
@@ -127,6 +129,18 @@ class Throughput:
         """FLOPs of one step on one rank; None leaves mfu out."""
         self.data_seconds, self.reported_step, self.reported_at = 0.0, start_step, time.perf_counter()
 
+    @property
+    def wants_flops(self) -> bool:
+        """Whether one step is still to be counted: on a GPU with a known peak, once."""
+        return self.peak_flops is not None and self.flops_per_step is None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetch of a batch."""
+        began = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - began
+
     def report(self, step: int) -> dict[str, float]:
         """Numbers of the steps since the last report, `step` of them done in all."""
         now, steps = time.perf_counter(), step - self.reported_step
@@ -141,6 +155,17 @@ class Throughput:
             values["mfu"] = self.flops_per_step / seconds / self.peak_flops
         self.data_seconds, self.reported_step, self.reported_at = 0.0, step, now
         return values
+
+
+@contextmanager
+def count_flops(throughput: Throughput) -> Iterator[None]:
+    """Around one step: its matrix products become `throughput.flops_per_step`.
+
+    Custom kernels are not seen, so mfu is a lower bound.
+    """
+    with FlopCounterMode(display=False) as counter:
+        yield
+    throughput.flops_per_step = float(counter.get_total_flops())
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,11 +1,12 @@
 """Ranks: process groups, threads, devices, and sharding with FSDP2 from outside the model.
 
-A run is started by `torchrun` (one process per device) or by plain `python` (one process, no group). On CPU the ranks talk
-through gloo, on GPU through NCCL.
+A run is started by `torchrun` (one process per device) or by plain `python` (one process, no group). On CPU the ranks
+talk through gloo, on GPU through NCCL.
 """
 
 import gc
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+# torch 2.13 renamed it; the new name is not in 2.11, which is supported too.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+# A block that returns a view is fine as long as nobody changes it in place, and nobody does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)

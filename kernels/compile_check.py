@@ -7,8 +7,8 @@ Prints, per configuration and architecture: registers a thread, bytes spilled, s
 local memory, exceeds the chip's shared memory, lacks the tensor-core instructions its case promises, does not compile,
 or takes longer than the timeout (a kernel that spills badly compiles for 4-17 s).
 
-A kernel file takes part by a function `compile_cases() -> Iterator[Case]` and a line in KERNEL_FILES. The check needs a
-process of its own, started without TRITON_INTERPRET: Triton decides between the two when a kernel is decorated.
+Every file of this folder that decorates a kernel defines `compile_cases() -> Iterator[Case]`, and is found by that. The
+check needs a process of its own, started without TRITON_INTERPRET: Triton decides between the two at decoration.
 """
 
 import argparse
@@ -25,13 +25,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-KERNEL_FILES = ("slot_attention", "contrastive_loss")
+KERNEL_FILES = ("slot_attention", "contrastive_kernels")
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 
@@ -140,10 +141,13 @@ def compile_within(case: Case, arch: int, timeout: float) -> Report | str:
 
 
 def all_cases(only: str = "") -> Iterator[Case]:
-    """The cases of every kernel file whose name, joined with the case's, contains `only`."""
-    for file in KERNEL_FILES:
-        for case in importlib.import_module(f"{__package__}.{file}").compile_cases():
-            if only in f"{file} {case.name}":
+    """The cases of every kernel file whose name contains `only`."""
+    own = Path(__file__)
+    for file in sorted(own.parent.glob("*.py")):
+        if file.name == own.name or "@triton.jit" not in file.read_text():
+            continue
+        for case in importlib.import_module(f"{__package__}.{file.stem}").compile_cases():
+            if only in case.name:
                 yield case
 
 

@@ -1,12 +1,22 @@
-"""Exchange of rows between the ranks of a contrastive loss, each rank holding as many rows as it likes.
+"""The contrastive loss of one rank among several: what is exchanged, and the loss's share made of it.
 
-NCCL and gloo gather and scatter only equal pieces, so rows are padded to the longest rank's count and the padding is
-dropped after. Letters: R images and C texts of this rank; D features.
+Each rank holds its rows of the matrix of logits, S_l = scale I_l T_all^T. Its row sums are its own; column sums are
+all-reduced; dI_l = scale G_l T_all is complete; dT = scale (sum over ranks of G_l^T I_l) is reduce-scattered in fp32.
+So ONE tower moves once each way: B D numbers in, B D out, where gathering both towers needs twice that.
+
+NCCL and gloo gather and scatter only equal pieces: rows are padded to the longest rank's count, and the padding is
+dropped after.
+
+Letters: R images and C texts of this rank, B pairs of all ranks, D features.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .contrastive_statistics import logit_gradients, logit_statistics, positive_weights, scale_gradient
 
 # torch 2.13 renamed both and warns at every call of the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,7 +38,9 @@ class RowExchange:
         _all_gather(every, own, group=group)
         self.image_counts, self.text_counts, widths = map(list, zip(*every.view(-1, 3).tolist(), strict=True))
         if len(set(widths)) > 1:
-            raise ValueError(f"features are {widths} wide on ranks 0 to {self.world_size - 1}; they must be equally wide")
+            raise ValueError(
+                f"features are {widths} wide on ranks 0 to {self.world_size - 1}; they must be equally wide"
+            )
         if not sum(self.image_counts):
             raise ValueError("no rank passed a pair; pass at least one")
         self.text_offset = sum(self.text_counts[: self.rank])
@@ -133,3 +145,21 @@ class _GroupShare(torch.autograd.Function):
         )
 
 
+def group_share(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    mode: str,
+    columns: bool,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """This rank's share of the loss; mode as in contrastive_statistics, columns: whether both sides count.
+
+    Value and gradients are scaled so that their mean over ranks is that of one process with all rows. The first of its
+    collectives reads the ranks' row counts on the host, which waits for the device.
+    """
+    share: Tensor = _GroupShare.apply(image, text, scale, bias, image_ids, text_ids, mode, columns, group)
+    return share

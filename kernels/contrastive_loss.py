@@ -4,7 +4,7 @@
     loss = (sum_i logsumexp_j s_ij + sum_j logsumexp_i s_ij - sum_ij Y_ij s_ij) / 2B,   Y_ij = m_ij (1 / n_i + 1 / n_j)
 
 m_ij marks the positives (n_i of row i, n_j of column j): the pair itself, or every pair of equal ids. The B x B matrix
-is never in memory: a tile of logits is made, reduced to row and column statistics and dropped, and the backward makes it
+is never in memory: a tile of logits is made, reduced to row and column statistics and dropped; the backward makes it
 again (contrastive_statistics.py). Traffic saved: the eager loss writes and reads the logits, both log-softmaxes and the
 gradients of each, about 6 B^2 numbers (26 GB in fp32 at B = 32768). Over ranks, ONE tower is gathered, and column
 statistics, B numbers, are all-reduced (contrastive_distributed.py).
@@ -103,16 +103,22 @@ def contrastive_loss(
     the check would wait for the device; the loss is then not finite).
     """
     scale, image_ids, text_ids = _check(
-        image_features, text_features, logit_scale, image_ids, text_ids, positives, bias, sides, grouped=group is not None
+        image_features,
+        text_features,
+        logit_scale,
+        image_ids,
+        text_ids,
+        positives,
+        bias,
+        sides,
+        grouped=group is not None,
     )
     mode = "share" if positives in ("soft", "supcon") else positives
     columns = sides == "both"
     if not columns:
         text_features = text_features.detach()
     if group is not None and dist.get_world_size(group) > 1:
-        return group_share(
-            image_features, text_features, scale, bias, image_ids, text_ids, mode, columns, group
-        )
+        return group_share(image_features, text_features, scale, bias, image_ids, text_ids, mode, columns, group)
     ids = None if image_ids is None or text_ids is None else (image_ids, image_ids, text_ids)
     row_weight, col_weight = positive_weights(image_features, text_features, ids, 0, mode, columns)
     row_lse, col_lse, target = logit_statistics(
@@ -156,7 +162,9 @@ def _check(
         raise ValueError(f"bias {tuple(bias.shape)} of {bias.dtype} must be ({text.shape[0]},) floats, one per text")
     if positives == "diagonal":
         if image_ids is not None or text_ids is not None:
-            raise ValueError("positives='diagonal' does not use ids; leave them out or choose 'soft', 'mask' or 'supcon'")
+            raise ValueError(
+                "positives='diagonal' does not use ids; leave them out or choose 'soft', 'mask' or 'supcon'"
+            )
     elif image_ids is None:
         raise ValueError(f"positives={positives!r} compares ids; pass image_ids")
     elif text_ids is None:

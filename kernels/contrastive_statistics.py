@@ -1,35 +1,33 @@
 """Statistics of a matrix of logits that is never in memory, and their gradient: the two ops of the contrastive loss.
 
-    s_ij = scale <I_i, T_j> + b_j  ->  row_lse_i = logsumexp_j s_ij,  col_lse_j = logsumexp_i s_ij,  target_i = sum_j Y_ij s_ij
+    s_ij = scale <I_i, T_j> + b_j
+    row_lse_i = logsumexp_j s_ij      col_lse_j = logsumexp_i s_ij      target_i = sum_j Y_ij s_ij
+
     G_ij = row_grad_i exp(s_ij - row_lse_i) + col_grad_j exp(s_ij - col_lse_j) + target_grad_i Y_ij
-    dI = scale G T,  dT = scale G^T I,  db = column sums of G,  dscale = sum_i <I_i, (G T)_i>
+    dI = scale G T      dT = scale G^T I      db = column sums of G      dscale = sum_i <I_i, (G T)_i>
 
-One tile of logits gives both its row and its column sums, so the forward is a single matrix product, 2 R C D FLOP (a loss
-computed twice, once a side, needs two); the backward is three. On a GPU the forward is one Triton kernel that keeps the
-tile in registers and writes per row one number a span of columns, per column one a tile of rows; these partial results
-are added in a fixed order, so that results repeat bit by bit. Elsewhere, and for the backward, the same is done with
-PyTorch a tile at a time. Sums, exponentials and statistics are fp32 for every half-precision dtype.
+A tile of logits gives both its row and its column sums, so the forward is a single matrix product, 2 R C D FLOP (a loss
+computed once a side needs two); the backward is three. On a GPU the forward is the Triton kernel of
+contrastive_kernels.py; elsewhere, and for the backward, PyTorch does the same by tiles. Results repeat bit by bit. Sums, exponentials and statistics are fp32 for every half-precision dtype.
 
-Letters: R rows (images), C columns (texts), D features. Both ops share these arguments: image (R, D), text (C, D), scale
-of one element, bias (C,) or None; row_ids (R,) and col_ids (C,) int64 or None; row_weight (R,) and col_weight (C,), from
-`positive_weights`; row i is paired with column offset + i. mode says what equal ids mean: "diagonal" (there are none),
-"share" (equal ids are positives), "mask" (equal ids off the pair are left out of every sum).
+Letters: R rows (images), C columns (texts), D features. Both ops share these arguments: image (R, D), text (C, D);
+scale of one element; bias (C,) or None; row_ids (R,) and col_ids (C,) int64 or None; row_weight (R,) and col_weight
+(C,) from `positive_weights`: Y_ij is their sum at a positive, 0 elsewhere; row i is paired with column offset + i. mode
+says what equal ids mean: "diagonal" (there are none), "share" (equal ids are positives), "mask" (equal ids off the pair
+count nowhere).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, accumulate_dtype, autocast_off, launches_triton, on_device_of
+from ._launch import accumulate_dtype, autocast_off, launches_triton
+from .contrastive_kernels import triton_statistics
 
 # Side of a square tile of logits in PyTorch. 1024 x 1024 fp32 are 4 MiB: they stay in a CPU's cache between the passes.
 _TILE = {"cpu": 1024, "cuda": 8192}
-# Rows of tiles that write their column sums before these are added up: bounds the buffer to 64 numbers a column.
-_PANEL = 64
 
 
 def _count(ids: Tensor, among: Tensor) -> Tensor:
@@ -67,7 +65,7 @@ def _tiles(
     offset: int,
     mode: str,
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
-    """Yield (rows, columns, logits, positive) of every tile; positive is a bool mask, or None where it would be empty."""
+    """Yield (rows, columns, logits, positive) of every tile; positive is a bool mask, or None where it has no True."""
     side = _TILE.get(image.device.type, 1024)
     compute = accumulate_dtype(image.dtype)
     num_rows, num_cols = image.shape[0], text.shape[0]
@@ -94,8 +92,7 @@ def _tiles(
             yield rows, cols, logits, positive
 
 
-@torch.library.custom_op("eclip::contrastive_statistics", mutates_args=())
-def _statistics(
+def _plain_statistics(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -108,25 +105,43 @@ def _statistics(
     mode: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logsumexp_j s_ij (R,), logsumexp_i s_ij (C,) (empty unless `columns`) and sum_j Y_ij s_ij (R,)."""
     compute = accumulate_dtype(image.dtype)
-    if image.device.type == "cpu" and not torch.isfinite(scale).all():
-        raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
     row_lse = image.new_full((image.shape[0],), -torch.inf, dtype=compute)
     col_lse = image.new_full((text.shape[0] if columns else 0,), -torch.inf, dtype=compute)
     target = image.new_zeros((image.shape[0],), dtype=compute)
-    with autocast_off(image):
-        for rows, cols, logits, positive in _tiles(image, text, scale, bias, row_ids, col_ids, offset, mode):
-            row_lse[rows] = torch.logaddexp(row_lse[rows], logits.logsumexp(1))
-            if columns:
-                col_lse[cols] = torch.logaddexp(col_lse[cols], logits.logsumexp(0))
-            if positive is not None:
-                weight = row_weight[rows, None] + col_weight[cols]
-                target[rows] += (logits * weight).masked_fill_(~positive, 0.0).sum(1)
+    for rows, cols, logits, positive in _tiles(image, text, scale, bias, row_ids, col_ids, offset, mode):
+        row_lse[rows] = torch.logaddexp(row_lse[rows], logits.logsumexp(1))
+        if columns:
+            col_lse[cols] = torch.logaddexp(col_lse[cols], logits.logsumexp(0))
+        if positive is not None:
+            weight = row_weight[rows, None] + col_weight[cols]
+            target[rows] += (logits * weight).masked_fill_(~positive, 0.0).sum(1)
     return row_lse, col_lse, target
 
 
-@_statistics.register_fake
+@torch.library.custom_op("eclip::contrastive_statistics", mutates_args=())
+def logit_statistics(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    offset: int,
+    mode: str,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row_lse (R,), col_lse (C,) (empty unless `columns`) and target (R,), in fp32 or, for fp64, in fp64."""
+    if image.device.type == "cpu" and not torch.isfinite(scale).all():
+        raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
+    statistics = triton_statistics if launches_triton(image) else _plain_statistics
+    with autocast_off(image):
+        return statistics(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, offset, mode, columns)
+
+
+@logit_statistics.register_fake
 def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, offset, mode, columns):  # type: ignore[no-untyped-def]
     compute = accumulate_dtype(image.dtype)
     row_lse = image.new_empty((image.shape[0],), dtype=compute)
@@ -134,7 +149,7 @@ def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, offset
 
 
 @torch.library.custom_op("eclip::contrastive_gradients", mutates_args=())
-def _gradients(
+def logit_gradients(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -176,7 +191,7 @@ def _gradients(
     return image_out, text_out, bias_out
 
 
-@_gradients.register_fake
+@logit_gradients.register_fake
 def _(
     image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_lse, col_lse, row_grad, col_grad,
     target_grad, offset, mode, text_grad,
@@ -197,24 +212,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, row_grad: Tensor, col_grad: Tensor, target_grad: Tensor) -> tuple[Tensor | None, ...]:
     image, text, scale, bias, *_ = ctx.saved_tensors
     needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    image_out, text_out, bias_out = _gradients(
+    image_out, text_out, bias_out = logit_gradients(
         *ctx.saved_tensors, row_grad, col_grad, target_grad, ctx.offset, ctx.mode, needs_text
     )
     factor = scale.to(image_out.dtype).reshape(())
     return (
         (image_out * factor).to(image.dtype) if needs_image else None,
         (text_out * factor).to(text.dtype) if needs_text else None,
-        _scale_grad(image, image_out, scale) if needs_scale else None,
+        scale_gradient(image, image_out, scale) if needs_scale else None,
         bias_out.to(bias.dtype) if needs_bias else None,
         *(None,) * 7,
     )
 
 
-_statistics.register_autograd(_backward, setup_context=_save)
+logit_statistics.register_autograd(_backward, setup_context=_save)
 
 
-def _scale_grad(image: Tensor, image_out: Tensor, scale: Tensor) -> Tensor:
+def scale_gradient(image: Tensor, image_out: Tensor, scale: Tensor) -> Tensor:
     """Gradient of the scale: sum_ij G_ij <I_i, T_j> = sum_i <I_i, (G T)_i>."""
     return (image.to(image_out.dtype) * image_out).sum().to(scale.dtype).reshape(scale.shape)
-
-

@@ -33,13 +33,17 @@ def test_every_folder_with_code_is_a_package(metadata: dict[str, Any]) -> None:
 
 
 def test_the_embedded_catalogue_is_packaged(metadata: dict[str, Any]) -> None:
-    files = [f for pattern in metadata["package_data"]["eclip.dataloading"] for f in (ROOT / "dataloading").glob(pattern)]
+    files = [
+        f for pattern in metadata["package_data"]["eclip.dataloading"] for f in (ROOT / "dataloading").glob(pattern)
+    ]
     assert any(f.suffix == ".tar" for f in files)
     assert any("LICENSE" in f.name for f in files)
 
 
 def test_every_dependency_has_a_tested_version(metadata: dict[str, Any]) -> None:
-    wanted = names(metadata["install_requires"] + metadata["extras_require"]["dev"] + metadata["extras_require"]["towers"])
+    wanted = names(
+        metadata["install_requires"] + metadata["extras_require"]["dev"] + metadata["extras_require"]["towers"]
+    )
     pinned = names([line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"])
     assert wanted <= pinned, f"without a version in constraints.txt: {sorted(wanted - pinned)}"
 

@@ -27,7 +27,8 @@ class Arguments:
     threshold: float | Literal["auto"] = "auto"
     """Cut of the normalised score maps in [0, 1]; auto chooses on the val split."""
     cache_dir: Path | None = None
-    """With a locked image tower: keep its outputs here; a second evaluation then takes seconds."""
+    """With a locked image tower: keep its outputs here, so that the next evaluation need not compute them. A run that
+    was trained with --cache-features keeps them beside the shards anyway."""
     quiet: bool = False
     """No progress bars."""
 
@@ -39,8 +40,14 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         evaluate_run(
-            arguments.checkpoint, device, split=arguments.split, batch_size=arguments.batch_size, limit=arguments.limit,
-            threshold=arguments.threshold, cache_dir=arguments.cache_dir, progress=not arguments.quiet,
+            arguments.checkpoint,
+            device,
+            split=arguments.split,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            threshold=arguments.threshold,
+            cache_dir=arguments.cache_dir,
+            progress=not arguments.quiet,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 
 NUM_DISTRACTORS = 20
 
@@ -23,10 +23,14 @@ def pixel_map(scores: torch.Tensor, size: int) -> Array:
     scores: (N,), rows of patches first. Returns (S, S) float64; a constant map becomes zeros.
     """
     grid = math.isqrt(scores.numel())
-    picture = F.interpolate(scores.float().view(1, 1, grid, grid), size=(size, size), mode="bilinear")[0, 0]
-    array = picture.numpy().astype(np.float64)
-    low, high = array.min(), array.max()
-    return (array - low) / (high - low) if high > low else np.zeros_like(array)
+    # Normalised before upsampling too: the rounding noise of an upsampled constant must not become a picture.
+    patches = _normalised(scores.double()).view(1, 1, grid, grid)
+    return _normalised(F.interpolate(patches, size=(size, size), mode="bilinear")[0, 0]).numpy()
+
+
+def _normalised(scores: torch.Tensor) -> torch.Tensor:
+    low, high = scores.min(), scores.max()
+    return (scores - low) / (high - low) if high > low else torch.zeros_like(scores)
 
 
 def region_box(picture: Array, threshold: float) -> Array:

@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eclip.dataloading.text import WordPiece
 from eclip.evaluate.features import Features, encode_texts
 from eclip.evaluate.report import Table
+from eclip.model.eclip import ECLIP
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "{} for sale", "a product photo: {}")
 """A class's feature is the mean of its normalised template features, normalised again (CLIP's prompt ensemble)."""
 
 
 def class_features(
-    model: torch.nn.Module, tokenizer, names: Sequence[str], *, max_tokens: int, device: torch.device
+    model: ECLIP, tokenizer: WordPiece, names: Sequence[str], *, max_tokens: int, device: torch.device
 ) -> Tensor:
     """(classes, D) on the CPU, L2-normalised."""
     prompts = [template.format(name.lower()) for name in names for template in TEMPLATES]

@@ -1,12 +1,13 @@
 """Everything the tasks compare, computed in one pass over a split's images.
 
-Letters: n images, D embedding width, N patch tokens. Per image: the global feature g_I(v_cls), the feature g_T(w_cls) of
-its own title, the instance embedding prompted by each of the two, and two score maps for "where is what the title
+Letters: n images, D embedding width, N patch tokens. Per image: the global feature g_I(v_cls), the feature g_T(w_cls)
+of its own title, the instance embedding prompted by each of the two, and two score maps for "where is what the title
 names": the decoder's assignment of patches to the title's query, and (CLIP's usual way) the cosine of patch and title.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,12 @@ class Features:
     def select(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Features":
         """The same features for some of the images."""
         chosen = torch.from_numpy(np.flatnonzero(keep) if keep.dtype == bool else keep)
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(self, **{k: v[chosen] if isinstance(v, Tensor) else v[chosen.numpy()] for k, v in values.items()})
+        picked: dict[str, Any] = {
+            name: value[chosen] if isinstance(value, Tensor) else value[chosen.numpy()]
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **picked)
 
     def embeddings(self) -> dict[str, Tensor]:
         """The rows of the tables: name -> (n, D), L2-normalised.
@@ -70,11 +75,12 @@ class Features:
         The text enters the instance embedding only as prompt (its content is visual) and the global one by addition;
         "instance + text" adds the title to the instance embedding in the same way, for a comparison of equals.
         """
+        both = None if self.instance_text is None else F.normalize(self.instance_text + self.text, dim=-1)
         found: dict[str, Tensor | None] = {
             "instance (image)": self.instance_image,
             "global (image)": self.global_image,
             "instance (image+text)": self.instance_text,
-            "instance + text": None if self.instance_text is None else F.normalize(self.instance_text + self.text, dim=-1),
+            "instance + text": both,
             "global (image+text)": F.normalize(self.global_image + self.text, dim=-1),
             "text only": self.text,
         }
@@ -88,10 +94,8 @@ class Features:
 
 def decoder_is_trained(config: RunConfig) -> bool:
     """Whether any loss of the run reached the instance decoder (L_R alone sharpens it but teaches it nothing)."""
-    objective = config.objective
-    return objective.objective == "eclip" and max(
-        objective.inter_weight, objective.itm_weight, objective.intra_weight
-    ) > 0
+    losses = config.objective
+    return losses.objective == "eclip" and max(losses.inter_weight, losses.itm_weight, losses.intra_weight) > 0
 
 
 @torch.inference_mode()
@@ -148,18 +152,23 @@ def extract_features(
         for name, value in _embed(model, tower, text, trained).items():
             parts.setdefault(name, []).append(value.float().cpu())
     if not kept:
-        raise ValueError(f"none of the {len(rows)} images could be decoded (first: {corrupt[0] if corrupt else 'none'})")
+        raise ValueError(f"none of the {len(rows)} images could be decoded; the first: {''.join(corrupt[:1])}")
 
     at = np.concatenate(kept)
     chosen = rows[at]
-    tensors: dict[str, Tensor | None] = {name: torch.cat(values) for name, values in parts.items()}
-    untrained = {"instance_image": None, "instance_text": None, "instance_map": None}
+    joined = {name: torch.cat(values) for name, values in parts.items()}
     features = Features(
         rows=chosen,
         products=np.searchsorted(index.image_start, chosen, side="right") - 1,
         sources=np.array(SOURCES)[index.image_source[chosen]],
         titles=title_ids[at],
-        **(tensors if trained else tensors | untrained),  # type: ignore[arg-type]
+        global_image=joined["global_image"],
+        text=joined["text"],
+        global_map=joined["global_map"],
+        # Absent without a trained decoder.
+        instance_image=joined.get("instance_image"),
+        instance_text=joined.get("instance_text"),
+        instance_map=joined.get("instance_map"),
     )
     return features, corrupt
 
@@ -167,13 +176,13 @@ def extract_features(
 def _decode(
     index: ShardIndex, rows: NDArray[np.int64], places: NDArray[np.int64], size: int, corrupt: list[str]
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Read and decode some rows: the places that worked and their images (m, 3, S, S) uint8; failures go to `corrupt`."""
+    """Read and decode some rows: the places that worked and their images (m, 3, S, S) uint8; the rest in `corrupt`."""
     images, good = [], []
     for place in places:
         row = int(rows[place])
         try:
             images.append(decode_square(index.read_image(row), size))
-        except (ValueError, OSError, RuntimeError) as error:
+        except ValueError as error:
             corrupt.append(f"{index.image_key(row)}: {error}")
         else:
             good.append(int(place))

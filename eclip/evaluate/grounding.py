@@ -71,7 +71,11 @@ def choose_thresholds(features: Features, scenes: Sequence[Scene], size: int) ->
 
 
 def score_scenes(
-    features: Features, scenes: Sequence[Scene], size: int, thresholds: Mapping[str, float], mean_box: tuple[float, float]
+    features: Features,
+    scenes: Sequence[Scene],
+    size: int,
+    thresholds: Mapping[str, float],
+    mean_box: tuple[float, float],
 ) -> Scores:
     """Answer all questions for every image; features' images and `scenes` correspond.
 

@@ -28,12 +28,12 @@ def average_precision(hits: NDArray[np.bool_], positives: NDArray[np.int64], k: 
     ranks = np.arange(1, hits.shape[1] + 1)
     counted = hits & (ranks[None] <= depth[:, None])
     precision = np.cumsum(counted, axis=1) / ranks
-    return (precision * counted).sum(1) / np.maximum(counted.sum(1), 1)
+    return np.asarray((precision * counted).sum(1) / np.maximum(counted.sum(1), 1))
 
 
 def hit_at(hits: NDArray[np.bool_], k: int) -> NDArray[np.float64]:
     """R@k of each query: 1 where a positive stands among the first k ranks. hits: (Q, K). Returns (Q,)."""
-    return hits[:, :k].any(1).astype(np.float64)
+    return np.asarray(hits[:, :k].any(1), dtype=np.float64)
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def expected_hit(positives: int, gallery: int, k: int) -> float:
 
 
 def _hypergeometric(hits: int, positives: int, gallery: int, draws: int) -> float:
-    """Probability of `hits` positives among `draws` items drawn without replacement (exact integers, then one ratio)."""
+    """Probability of `hits` positives among `draws` items drawn without replacement (exact until the ratio)."""
     return math.comb(positives, hits) * math.comb(gallery - positives, draws - hits) / math.comb(gallery, draws)
 
 

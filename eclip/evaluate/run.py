@@ -48,18 +48,32 @@ class Evaluator:
     device: torch.device
     batch_size: int = 64
     cache_dir: Path | None = None
-    """With a locked image tower: read its outputs from, or first write them to, this folder."""
+    """With a locked image tower: read its outputs from, or first write them to, this folder (float16)."""
     progress: bool = True
 
     def features(self, index: ShardIndex, rows: NDArray[np.int64], label: str) -> tuple[Features, list[str]]:
         cache = None
         if self.cache_dir is not None and self.config.lock_image:
             cache = FeatureCache.build_or_open(
-                self.cache_dir, self.model, index, self.tokenizer, self.config, device=self.device, progress=self.progress
+                self.cache_dir,
+                self.model,
+                index,
+                self.tokenizer,
+                self.config,
+                device=self.device,
+                progress=self.progress,
             )
         return extract_features(
-            self.model, index, self.tokenizer, self.config, rows, device=self.device, batch_size=self.batch_size,
-            cache=cache, progress=self.progress, label=label,
+            self.model,
+            index,
+            self.tokenizer,
+            self.config,
+            rows,
+            device=self.device,
+            batch_size=self.batch_size,
+            cache=cache,
+            progress=self.progress,
+            label=label,
         )
 
 
@@ -77,18 +91,28 @@ def evaluate_run(
     """Evaluate the newest weights of `run_dir` on a split; print the tables.
 
     limit: take only so many products, evenly spread. threshold: cuts the score maps into regions; "auto" takes the
-    best of a small grid on the VAL split. Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png
+    best of a small grid on the VAL split. cache_dir: see Evaluator; a run trained with --cache-features has one anyway.
+    Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png
     (another split than test: evaluation-SPLIT.json, grounding-SPLIT.png). Returns what the JSON holds:
     result["tables"][task]["rows"][row][metric], every metric in [0, 1]. Raises ValueError when there is no run.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir}: no run here (config.json is missing); give the --run-dir that training wrote")
+    if threshold != "auto" and not 0 < threshold < 1:
+        raise ValueError(f"threshold={threshold}: the score maps lie in [0, 1]; give a number between, or auto")
     began = time.monotonic()
     model, config, tokenizer = load_run(run_dir, device)
+    if cache_dir is None and config.cache_features:
+        cache_dir = config.data.data_dir / "features"  # where training keeps its own
     evaluator = Evaluator(
-        model=model, config=config, tokenizer=tokenizer, device=torch.device(device), batch_size=batch_size,
-        cache_dir=cache_dir, progress=progress,
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        device=torch.device(device),
+        batch_size=batch_size,
+        cache_dir=cache_dir,
+        progress=progress,
     )
     index = ShardIndex.open(config.data.data_dir, split)
     suffix = "" if split == "test" else f"-{split}"
@@ -184,7 +208,10 @@ def classification(
             yield f"classification_{kind}", f"{len(names)} different {kind} names in this split, at least 2 are needed"
             continue
         classes = class_features(
-            evaluator.model, evaluator.tokenizer, names, max_tokens=evaluator.config.data.max_tokens,
+            evaluator.model,
+            evaluator.tokenizer,
+            names,
+            max_tokens=evaluator.config.data.max_tokens,
             device=evaluator.device,
         )
         labels = np.array([names.index(name) if name else -1 for name in found])
@@ -202,7 +229,10 @@ def grounding(
 ) -> Iterator[tuple[str, Table | str]]:
     """The grounding tables, and the sheet of overlays as a file."""
     size = evaluator.config.model.image_size
-    records = [image_record(index, facts[int(p)], int(p), int(row)) for p, row in zip(features.products, features.rows, strict=True)]
+    records = [
+        image_record(index, facts[int(p)], int(p), int(row))
+        for p, row in zip(features.products, features.rows, strict=True)
+    ]
     keep = np.array([can_ground(record) for record in records])
     if not keep.any():
         yield "grounding", "no customer or ad image with a known size and box in this split"
@@ -240,8 +270,9 @@ def grounding(
 
 
 def image_record(index: ShardIndex, product: Product, position: int, row: int) -> ImageRecord:
-    """The record of an image by its row; `product` is the one at `position`."""
-    return product.images[row - int(index.image_start[position])]
+    """The record of an image by its row; `product` is the one at `position`. Images without a record come last."""
+    place = row - int(index.image_start[position])
+    return product.images[place] if place < len(product.images) else ImageRecord(file=index.image_key(row))
 
 
 def _prepare(

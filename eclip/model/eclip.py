@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from .image_encoder import ImageEncoder
-from .instance_decoder import DecoderOutput, InstanceDecoder, InstanceQueries
-from .text_encoder import TextEncoder
+from eclip.config import ModelConfig
+from eclip.model.image_encoder import ImageEncoder
+from eclip.model.instance_decoder import DecoderOutput, InstanceDecoder, InstanceQueries
+from eclip.model.text_encoder import TextEncoder
 
 INITIAL_TEMPERATURE = 0.07
 MAX_LOGIT_SCALE = 100.0

@@ -1,14 +1,14 @@
 """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): patches and a CLS token through pre-norm blocks.
 
-Parameter names are timm's (patch_embed.proj, blocks.0.attn.qkv, ...), Hugging Face names are translated in pretrained.py.
+Parameter names are timm's (patch_embed.proj, blocks.0.attn.qkv, ...); pretrained.py translates Hugging Face's.
 Letters: B images, N = grid * grid patches, S side in pixels, D width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from .transformer import PreNormBlock, init_transformer
+from eclip.config import ModelConfig
+from eclip.model.transformer import PreNormBlock, init_transformer
 
 PIXEL_STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -30,6 +30,9 @@ class PatchEmbedding(nn.Module):
 
 class ImageEncoder(nn.Module):
     """Images to final-normed tokens, the CLS token first."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,7 +60,10 @@ class ImageEncoder(nn.Module):
         return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, S, S) uint8, or float already normalised. Returns (B, 1+N, D). Raises ValueError on another S."""
+        """images: (B, 3, S, S) uint8, or float already normalised. Returns (B, 1+N, D).
+
+        Raises ValueError for another S.
+        """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(

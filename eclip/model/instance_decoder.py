@@ -6,14 +6,14 @@
     dH_t = sum_i A_it W_v z_i / sum_i A_it
     H    = norm(H + W_o dH), then self-attention among the queries and an FFN of width 4D, each with add & norm
 
-Q is added again at every block but enters through M alone, so the output slots hold nothing but image content. The first
-line of a block is one call of `slot_attention_absorbed`, which never builds Z W_z or Z W_v.
+Q is added again at every block but enters through M alone, so the output slots hold nothing but image content. M, A and
+dH are one call of `slot_attention_absorbed`, which never builds Z W_z or Z W_v.
 
 Where the paper is silent, this is what we chose:
-- Prompts are scaled to length sqrt(D), that of a standard normal vector: g_T's and g_I's outputs grow freely in training,
-  and at inference the negative prompts are drawn from N(0, I).
-- One LayerNorm of the tokens before the first block (ModelConfig.token_norm), and W_z, W_q, W_v, W_o drawn with standard
-  deviation 1/sqrt(D): scores start with a deviation near 1 whatever the tower's scale.
+- Prompts are scaled to length sqrt(D), that of a standard normal vector: the outputs of g_T and g_I grow freely in
+  training, and at inference the negative prompts are drawn from N(0, I).
+- One LayerNorm of the tokens before the first block (ModelConfig.token_norm), and W_z, W_q, W_v, W_o drawn with
+  standard deviation 1/sqrt(D): scores start with a deviation near 1 whatever the tower's scale.
 
 Letters: B images, N patch tokens, T queries, D width.
 """
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ModelConfig
-from ..kernels.slot_attention import slot_attention_absorbed, slot_attention_absorbed_reference
-from .transformer import PostNormBlock, init_transformer
+from eclip.config import ModelConfig
+from eclip.kernels.slot_attention import slot_attention_absorbed, slot_attention_absorbed_reference
+from eclip.model.transformer import PostNormBlock, init_transformer
 
 DECODER_EPS = 1e-6
 TEXT, IMAGE = 0, 1
@@ -42,7 +42,7 @@ class DecoderOutput:
     entropy: Tensor
     """Scalar float32, L_R: -sum_t A log A, mean over tokens, blocks and images. log T at most."""
     assignment: Tensor
-    """(B, T, N) float32, A of the last block (mean over slot heads), detached: the share of token n that query t took."""
+    """(B, T, N) float32, detached: A of the last block (mean of slot heads), the share of token n taken by query t."""
 
 
 class InstanceQueries(nn.Module):
@@ -108,13 +108,15 @@ class InstanceDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.decoder_depth < 1:
+            raise ValueError(f"decoder_depth={config.decoder_depth}: the instance decoder needs at least one block")
         self.token_norm = nn.LayerNorm(config.embed_dim, eps=DECODER_EPS) if config.token_norm else nn.Identity()
         self.blocks = nn.ModuleList(InstanceBlock(config) for _ in range(config.decoder_depth))
 
     def forward(self, tokens: Tensor, queries: Tensor) -> DecoderOutput:
         """tokens: (B, N, D) projected patch tokens without CLS; queries: (B, T, D). Source: equations 1-5."""
         tokens = self.token_norm(tokens)
-        slots = torch.zeros_like(queries)
+        slots = assignment = torch.zeros_like(queries)
         entropies = []
         for block in self.blocks:
             slots, assignment = block(slots, queries, tokens)
@@ -126,5 +128,5 @@ class InstanceDecoder(nn.Module):
 def assignment_entropy(assignment: Tensor) -> Tensor:
     """A (..., T, N), a softmax over T, to the mean over everything else of -sum_t A log A; float32 scalar, in nats."""
     share = assignment.float()
-    # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -log A - 1 would be infinite.
+    # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -log A - 1 is infinite.
     return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-2).mean()

@@ -1,7 +1,7 @@
-"""Load a tower's weights from a local safetensors file: ViTs under timm's or Hugging Face's names, BERT under the latter.
+"""Load a tower's weights from a local safetensors file: a ViT named by timm or Hugging Face, a BERT by the latter.
 
-Each table below maps a parameter of our encoder (timm's names for images) to the names it may have in a file; `#` is the
-block's number. Every parameter must be found, with its shape, and every tensor of the file's tower must be used: a
+Each table below maps a parameter of our encoder (timm's names for images) to the names it may have in a file; `#` is
+the block's number. Every parameter must be found, with its shape, and every tensor of the file's tower must be used: a
 half-loaded tower trains without complaint and is worse than an error. Heads and poolers are left out.
 
 Letters: D width, M and G patches along a side in the file and in the model.
@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .image_encoder import ImageEncoder
-from .text_encoder import TextEncoder
+from eclip.model.image_encoder import ImageEncoder
+from eclip.model.text_encoder import TextEncoder
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -117,19 +117,23 @@ class WeightsFile:
             if key in self.tensors:
                 self.unread.discard(key)
                 return self.tensors[key]
-        raise ValueError(f"{self.path}: no {' or '.join(keys)}; the model needs it as {name}: is this file's depth "
-                         f"and kind (layer_scale: DINOv2 yes, ImageNet ViTs no) that of the configuration?")
+        raise ValueError(
+            f"{self.path}: no {' or '.join(keys)}; the model needs it as {name}: is this file's depth "
+            f"and kind (layer_scale: DINOv2 yes, ImageNet ViTs no) that of the configuration?"
+        )
 
     def finish(self) -> None:
         """Raises ValueError when a tensor of the tower was not read."""
         left = sorted(key for key in self.unread if not UNUSED.match(key))
         if left:
-            raise ValueError(f"{self.path}: {left[0]} (and {len(left) - 1} more) has no place in the configured tower; "
-                             f"set its depth, and layer_scale for DINOv2, to what the file holds")
+            raise ValueError(
+                f"{self.path}: {left[0]} (and {len(left) - 1} more) has no place in the configured tower; "
+                f"set its depth, and layer_scale for DINOv2, to what the file holds"
+            )
 
 
 def interpolate_positions(positions: Tensor, grid: int) -> Tensor:
-    """Resample a position embedding (1, 1+M*M, D), CLS first, to (1, 1+grid*grid, D): bicubic, as DINOv2 in Hugging Face.
+    """Resample a position embedding (1, 1+M*M, D), CLS first, to (1, 1+G*G, D), G = `grid`: bicubic, as DINOv2 does.
 
     Raises ValueError when there are not 1+M*M rows.
     """
@@ -150,8 +154,10 @@ def _fill(module: nn.Module, file: WeightsFile, prepared: Mapping[str, Tensor], 
     file.finish()
     for name, value in values.items():
         if value.shape != parameters[name].shape:
-            raise ValueError(f"{file.path}: {name} has shape {tuple(value.shape)}, the configuration asks for "
-                             f"{tuple(parameters[name].shape)}; {advice}")
+            raise ValueError(
+                f"{file.path}: {name} has shape {tuple(value.shape)}, the configuration asks for "
+                f"{tuple(parameters[name].shape)}; {advice}"
+            )
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
@@ -167,8 +173,9 @@ def load_image_weights(encoder: ImageEncoder, path: Path) -> None:
         path,
         {"embeddings.patch_embeddings.projection.weight": HUGGING_FACE_VIT, "patch_embed.proj.weight": TIMM},
     )
+    positions = file.take("pos_embed")
     try:
-        positions = interpolate_positions(file.take("pos_embed"), encoder.config.grid)
+        positions = interpolate_positions(positions, encoder.config.grid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     _fill(encoder, file, {"pos_embed": positions}, "set vision_width, vision_heads and patch_size to the file's")
@@ -185,5 +192,9 @@ def load_text_weights(encoder: TextEncoder, path: Path) -> None:
     if file.names:
         token_types = file.take("embeddings.token_type_embeddings.weight")
         positions = positions + token_types[0]
-    _fill(encoder, file, {"position_embedding.weight": positions},
-          "set text_width, vocab_size and max_positions (at most the file's) to the file's")
+    _fill(
+        encoder,
+        file,
+        {"position_embedding.weight": positions},
+        "set text_width, vocab_size and max_positions (at most the file's) to the file's",
+    )

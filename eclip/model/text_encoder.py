@@ -5,11 +5,10 @@ pretrained.py adds that row to the position embedding. BERT's pooler layer (a he
 Letters: n texts, total tokens of all of them, D width.
 """
 
-import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from .transformer import PostNormBlock, Ragged, init_transformer
+from eclip.config import ModelConfig
+from eclip.model.transformer import PostNormBlock, Ragged, init_transformer
 
 BERT_EPS = 1e-12
 

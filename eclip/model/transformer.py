@@ -80,7 +80,8 @@ class Attention(nn.Module):
         """x: (B, N, D), or with `ragged` packed (total, D). Returns x's shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         if ragged is None:
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         else:
             out = attend_ragged(q, k, v, ragged)
         return self.proj(out.flatten(-2))

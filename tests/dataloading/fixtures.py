@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from eclip.dataloading.schema import SOURCES
 from PIL import Image
+
+from eclip.dataloading.schema import SOURCES
 
 
 def jpeg(seed: int, width: int = 48, height: int = 40, *, mode: str = "RGB", **options: Any) -> bytes:
@@ -24,11 +25,16 @@ def jpeg(seed: int, width: int = 48, height: int = 40, *, mode: str = "RGB", **o
 def record(p: int, images: int = 6, skus: int = 2, **changes: Any) -> dict[str, Any]:
     """The JSON of product p: images cycle through the sources, then through the SKUs."""
     files = [
-        {"file": f"{i:03d}.jpg", "source": SOURCES[i % 3], "sku": f"p{p}-s{i // 3 % skus}", "title": f"Title {p} of kind {i % 2}"}
+        {
+            "file": f"{i:03d}.jpg",
+            "source": SOURCES[i % 3],
+            "sku": f"p{p}-s{i // 3 % skus}",
+            "title": f"Title {p} of kind {i % 2}",
+        }
         for i in range(images)
     ]
-    facts = {"key": f"k{p:03d}", "product": f"p{p}", "title": f"Title {p}", "category": f"cat{p % 3}", "catalog": f"c{p // 2}"}
-    return {**facts, "images": files, **changes}
+    facts = {"key": f"k{p:03d}", "product": f"p{p}", "title": f"Title {p}", "category": f"cat{p % 3}"}
+    return {**facts, "catalog": f"c{p // 2}", "images": files, **changes}
 
 
 def write_tar(path: Path, samples: Sequence[tuple[str, bytes | None, Mapping[str, bytes]]]) -> None:

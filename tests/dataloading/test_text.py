@@ -5,9 +5,16 @@ import sys
 
 import pytest
 import torch
+
 from eclip.dataloading.text import SPECIALS, WordPiece
 
-TEXTS = [f"{c} {m} {n}, {s} cm" for c in ("Red", "Blue", "Café") for m in ("fabric", "wooden") for n in ("sofa", "椅子") for s in (90, 185)]
+TEXTS = [
+    f"{c} {m} {n}, {s} cm"
+    for c in ("Red", "Blue", "Café")
+    for m in ("fabric", "wooden")
+    for n in ("sofa", "椅子")
+    for s in (90, 185)
+]
 
 
 def test_ragged_batch_has_specials_and_cumulative_lengths():
@@ -45,7 +52,10 @@ def test_training_is_the_same_in_another_process(tmp_path):
         "words = [''.join(r.choice('abcdefgh') for _ in range(r.randint(2, 7))) for _ in range(400)]\n"
         "print(sorted(WordPiece.train(words, vocab_size=150)._tokenizer.get_vocab().items()))"
     )
-    outputs = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    outputs = {
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
     assert len(outputs) == 1 and len(outputs.pop()) > 1000
 
 
@@ -68,7 +78,22 @@ def test_save_and_load_give_the_same_ids(tmp_path):
 
 def test_bert_vocab_file_encodes_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
-    pieces = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "so", "##fa", "red", "cafe", ",", "190", "##cm", "椅"]
+    pieces = [
+        "[PAD]",
+        "[unused0]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "so",
+        "##fa",
+        "red",
+        "cafe",
+        ",",
+        "190",
+        "##cm",
+        "椅",
+    ]
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
     tokenizer = WordPiece.from_vocab_file(path)

@@ -56,13 +56,17 @@ def test_average_precision_is_product1ms_scoring() -> None:
         positive = set(int(i) for i in rng.choice(size, int(rng.integers(1, size + 1)), replace=False))
         hits = np.array([[i in positive for i in ranked]])
         for k in (1, 3, 10):
-            assert average_precision(hits, np.array([len(positive)]), k)[0] == pytest.approx(script(ranked, positive, k))
+            assert average_precision(hits, np.array([len(positive)]), k)[0] == pytest.approx(
+                script(ranked, positive, k)
+            )
 
 
 @pytest.mark.parametrize(("positives", "gallery"), [(1, 4), (2, 5), (3, 6), (6, 6), (4, 7)])
 @pytest.mark.parametrize("k", [1, 2, 3, 10])
 def test_chance_is_the_mean_over_all_rankings(positives: int, gallery: int, k: int) -> None:
-    hits = np.array([[p in places for p in range(gallery)] for places in itertools.combinations(range(gallery), positives)])
+    hits = np.array(
+        [[p in places for p in range(gallery)] for places in itertools.combinations(range(gallery), positives)]
+    )
     count = np.full(len(hits), positives)
     assert expected_average_precision(positives, gallery, k) == pytest.approx(average_precision(hits, count, k).mean())
     assert expected_hit(positives, gallery, k) == pytest.approx(hit_at(hits, k).mean())
