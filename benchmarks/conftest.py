@@ -125,14 +125,19 @@ class Bench:
         self._benchmark = benchmark
         self._roofline = roofline
         self._flush = flush
+        self._drawn = 0
 
     def pick(self, *, gpu: Any, cpu: Any) -> Any:
         """The shape to use here: CPU shapes must run in well under a second."""
         return gpu if ON_GPU else cpu
 
-    def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
-        """Standard normal data on the device, the same each session. Zeros would flatter: they toggle no wires."""
-        generator = torch.Generator(self.device).manual_seed(seed + sum(shape))
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, seed: int | None = None) -> Tensor:
+        """Standard normal data on the device, the same each session; every call of a test draws other data.
+
+        Zeros would flatter: they toggle no wires.
+        """
+        self._drawn += 1
+        generator = torch.Generator(self.device).manual_seed(self._drawn if seed is None else seed)
         data = torch.randn(*shape, device=self.device, dtype=torch.float32, generator=generator)
         return data.to(dtype or self.dtype)
 

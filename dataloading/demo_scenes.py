@@ -226,6 +226,7 @@ def _customer(sprites: Sequence[Sprite], size: int, rng: np.random.Generator) ->
     canvas = _room(size, rng)
     _scatter(canvas, rng)
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.2) * size / 160))
+    layers: list[_Layer] = []
     for attempt in range(_ATTEMPTS):
         picture = _scaled(sprites[0].view, rng.uniform(0.42, 0.75) * size, rng.normal(0, 5))
         main = _Layer(picture, _inside(rng, size, picture.width, 0.1), _inside(rng, size, picture.height, 0.1), 1)

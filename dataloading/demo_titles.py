@@ -44,7 +44,6 @@ _NAMES = {
     "Rigged fan": "Fan",
     "Locked locker": "Locker",
     "Toilets unit": "Toilet",
-    "Number lock": "Combination lock",
     "Child hut": "Playground hut",
     "Motorbike": "Spring motorbike",
 }
@@ -77,7 +76,7 @@ _ALIKE = (
     {"cup", "glass", "bottle", "pot", "milk"},
     {"lamp", "lantern"},
     {"toilet", "urinal", "bidet", "washbasin", "potty"},
-    {"railing", "fence", "board", "door", "tatami", "radiator"},
+    {"railing", "fence", "white board", "door", "tatami", "radiator"},
     {"shower head", "stall", "door"},
     {"towel", "rack"},
     {"seesaw", "swing", "hut", "motorbike", "rocking horse"},
@@ -85,7 +84,7 @@ _ALIKE = (
     {"slippers", "bootie"},
     {"handbag", "briefcase"},
     {"bread", "cup cake", "hot dog", "butter"},
-    {"tv", "board", "sign"},
+    {"tv", "white board", "sign"},
 )
 _ADJECTIVES = {"Osaka", "Winchester", "Japanese"}
 # "Blend Swap" is where the model came from; the others repeat the category or are wrong for the object seen.

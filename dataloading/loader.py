@@ -45,7 +45,10 @@ class _NoPipeline:
 
 
 def choose_decoder(decoder: Decoder) -> Literal["dali", "torch", "none"]:
-    """Resolve "auto": DALI where it is installed and a GPU decodes, else torch (on a CPU 1.2 to 2 times DALI's speed).
+    """Resolve "auto": DALI where it is installed and has a GPU, else torch.
+
+    On a CPU the torch path takes DALI's time for 160 px images (1500 a CPU second, cropped to 96 px) and, thanks to its
+    scaled decode, 1.4 to 1.8 times less for megapixel ones.
 
     Raises ValueError for an unknown name, and for "dali" where DALI is not installed.
     """

@@ -274,7 +274,9 @@ def pack_catalog(
     root = images.resolve()
 
     def encode(draft: _Draft) -> tuple[Product, list[bytes], list[Rejection]]:
-        records, encoded, rejected = [], [], []
+        records: list[ImageRecord] = []
+        encoded: list[bytes] = []
+        rejected: list[Rejection] = []
         for name, sku, source, title in draft.images:
             try:
                 path = (root / name).resolve()

@@ -8,9 +8,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # packing starts a process per core, and these records need no torch
+    from torch import Tensor
 
 SOURCES = ("detail", "customer", "ad")
 """Where an image comes from: the shop's detail page, a customer's photo, an advertisement's frame."""
@@ -89,21 +90,21 @@ class Batch:
     tokens[cu_seqlens[s]:cu_seqlens[s+1]]; sequences 0..B-1 belong to views a, B..2B-1 to views b.
     """
 
-    images: Tensor | None
+    images: "Tensor | None"
     """(B, 2, 3, S, S) uint8, RGB; None when the loader runs with decoder="none" (cached features)."""
-    image_rows: Tensor
+    image_rows: "Tensor"
     """(B, 2) int64: rows of the shard index, keys of the feature cache."""
-    tokens: Tensor
+    tokens: "Tensor"
     """(total,) int64 WordPiece ids."""
-    cu_seqlens: Tensor
+    cu_seqlens: "Tensor"
     """(2B+1,) int32."""
-    product_ids: Tensor
+    product_ids: "Tensor"
     """(B,) int64, equal where products are equal."""
-    catalog_ids: Tensor
+    catalog_ids: "Tensor"
     """(B,) int64."""
-    category_ids: Tensor
+    category_ids: "Tensor"
     """(B,) int64, positions in the index's list of categories."""
-    title_ids: Tensor
+    title_ids: "Tensor"
     """(B, 2) int64, equal where titles are equal."""
     keys: list[str]
     """2B names "product/file", views a then views b: what an error message prints."""
@@ -114,8 +115,5 @@ class Batch:
 
     def to(self, device: Any) -> "Batch":
         """The same batch with every tensor on `device`."""
-        moved = {
-            f.name: v.to(device, non_blocking=True) if isinstance(v := getattr(self, f.name), Tensor) else v
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**moved)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in values.items()})

@@ -122,6 +122,8 @@ class ObjectiveConfig:
     intra_temperature: float = 0.1
     image_prompt_share: float = 0.5
     """Share of queries prompted by another image of the product instead of a title."""
+    own_image_share: float = 0.0
+    """Share of positive image prompts that are the image itself, as at inference, instead of another image."""
     ema_momentum: float = 0.996
     decoder_warmup_steps: int = 0
     """Steps over which the weights of the decoder's losses rise from 0."""

@@ -33,7 +33,7 @@ PEAK_FLOPS = {
 
 
 def console_sink(total_steps: int) -> MetricSink:
-    """Print lines such as `step 1200/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | eta 1h02m`."""
+    """Print `step 120/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | eta 9m40s`."""
     parts: list[tuple[str, Callable[[float], str]]] = [
         ("loss", lambda v: f"loss {v:.3f}"),
         ("grad_norm", lambda v: f"grad {v:.2f}"),

@@ -12,6 +12,7 @@ that the losses do not depend on the number of ranks. Every loss is this rank's 
 Letters: B products of this rank, G of the global batch, T queries, N image tokens, D embedding width.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,23 @@ class PromptDraw:
     """(B, T) int64, 0 = title, 1 = image."""
     positive: Tensor
     """(B,) int64 index of the positive query."""
+    own_image: Tensor
+    """(B,) bool: a positive image prompt is the image itself, as at inference, and not the product's other image."""
+
+    def to(self, device: torch.device) -> "PromptDraw":
+        return PromptDraw(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
 
 
 def draw_prompts(
-    local: int, num_queries: int, image_share: float, *, seed: int, step: int, rank: int = 0, world_size: int = 1
+    local: int,
+    num_queries: int,
+    image_share: float,
+    own_share: float = 0.0,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> PromptDraw:
     """Draw the prompts of `local` rows out of local * world_size; every rank draws the same global table.
 
@@ -64,12 +78,13 @@ def draw_prompts(
     place = torch.empty_like(ring).scatter_(0, ring, torch.arange(total))
     modality = (torch.rand(total, num_queries, generator=generator) < image_share).long()
     positive = torch.randint(num_queries, (total,), generator=generator)
+    own_image = torch.rand(total, generator=generator) < own_share
     rows = torch.arange(rank * local, (rank + 1) * local)
     column = torch.arange(num_queries)
     # Column c holds the (c - positive)-th follower in the ring; the 0th follower is the product itself.
     follower = (column[None, :] - positive[rows, None]) % num_queries
     products = ring[(place[rows, None] + follower) % total]
-    return PromptDraw(products, modality[rows], positive[rows])
+    return PromptDraw(products, modality[rows], positive[rows], own_image[rows])
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -197,18 +212,20 @@ def _instance_losses(  # type: ignore[no-untyped-def]
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     count, device = len(batch.product_ids), text_a.device
     where = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
-    draw = draw_prompts(count, model.config.num_queries, config.image_prompt_share, **where)
-    draw = PromptDraw(draw.products.to(device), draw.modality.to(device), draw.positive.to(device))
+    draw = draw_prompts(
+        count, model.config.num_queries, config.image_prompt_share, config.own_image_share, **where
+    ).to(device)
+    own = draw.own_image[:, None]
     with torch.no_grad():
         image_b = _encode_image(momentum, batch, cached, view=1)
         text_b = _encode_text(momentum, batch, cached, view=1)
         # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
-        key_prompts = build_prompts(
-            draw, gather_rows(text_b, group), gather_rows(image_a.cls, group), text_b, image_a.cls.detach()
-        )
+        image_prompts = torch.where(own, image_b.cls, image_a.cls.detach())
+        key_prompts = build_prompts(draw, gather_rows(text_b, group), gather_rows(image_a.cls, group), text_b, image_prompts)
         keys = take_query(momentum.decode(image_b.tokens, key_prompts, draw.modality).slots, draw.positive)
     text_pool = gather_rows(text_a, group)
-    prompts = build_prompts(draw, text_pool, gather_rows(image_b.cls, group), text_a, image_b.cls)
+    image_prompts = torch.where(own, image_a.cls.detach(), image_b.cls)
+    prompts = build_prompts(draw, text_pool, gather_rows(image_b.cls, group), text_a, image_prompts)
     output = model.decode(image_a.tokens, prompts, draw.modality)
     instances = take_query(output.slots, draw.positive)
     excluded = _same_title_or_product(batch, draw, group)

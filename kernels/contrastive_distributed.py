@@ -126,7 +126,7 @@ class _GroupShare(torch.autograd.Function):
         return terms.sum() * ctx.factor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, all_text, scale, all_bias, *_, row_lse, col_lse = ctx.saved_tensors
         needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
         grad = grad.to(row_lse.dtype) * ctx.factor

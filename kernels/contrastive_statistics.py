@@ -8,7 +8,8 @@
 
 A tile of logits gives both its row and its column sums, so the forward is a single matrix product, 2 R C D FLOP (a loss
 computed once a side needs two); the backward is three. On a GPU the forward is the Triton kernel of
-contrastive_kernels.py; elsewhere, and for the backward, PyTorch does the same by tiles. Results repeat bit by bit. Sums, exponentials and statistics are fp32 for every half-precision dtype.
+contrastive_kernels.py; elsewhere, and for the backward, PyTorch does the same by tiles. Results repeat bit by bit.
+Sums, exponentials and statistics are fp32 for every half-precision dtype.
 
 Letters: R rows (images), C columns (texts), D features. Both ops share these arguments: image (R, D), text (C, D);
 scale of one element; bias (C,) or None; row_ids (R,) and col_ids (C,) int64 or None; row_weight (R,) and col_weight
@@ -142,7 +143,7 @@ def logit_statistics(
 
 
 @logit_statistics.register_fake
-def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, offset, mode, columns):  # type: ignore[no-untyped-def]
+def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, offset, mode, columns):
     compute = accumulate_dtype(image.dtype)
     row_lse = image.new_empty((image.shape[0],), dtype=compute)
     return row_lse, image.new_empty((text.shape[0] if columns else 0,), dtype=compute), torch.empty_like(row_lse)
@@ -195,7 +196,7 @@ def logit_gradients(
 def _(
     image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_lse, col_lse, row_grad, col_grad,
     target_grad, offset, mode, text_grad,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     compute = accumulate_dtype(image.dtype)
     return (
         torch.empty_like(image, dtype=compute),

@@ -423,7 +423,7 @@ def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: boo
     extras = norm or normalize == "mean"  # statistics and the plain sum of the values live beside the accumulator
     block_t = max(16, triton.next_power_of_2(num_queries))
     block_v = min(max(16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
-    narrow = block_v <= 128  # room for more tokens a step
+    narrow = block_v <= 64  # room for more tokens a step
     return {
         "PRECISION": "ieee" if full else "tf32",
         "BLOCK_T": block_t,

@@ -14,6 +14,7 @@ from eclip.momentum import make_momentum, update_momentum
 from eclip.optim import build_optimizer
 from eclip.parallel import Ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CONFIG = PRESETS["debug"].model
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 Run = tuple[ECLIP, ECLIP, torch.optim.AdamW]

@@ -83,8 +83,16 @@ class InstanceBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=DECODER_EPS)
         self.among_queries = PostNormBlock(width, config.decoder_heads, eps=DECODER_EPS)
         self.among_queries.apply(init_transformer)
-        for linear in (self.w_query, self.w_key, self.w_value, self.w_out):
-            nn.init.trunc_normal_(linear.weight, std=width**-0.5)
+        self._start_as_identity()
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        nn.init.orthogonal_(self.w_key.weight)
+        self.w_query.weight.copy_(self.w_key.weight)
+        nn.init.orthogonal_(self.w_value.weight)
+        self.w_out.weight.copy_(self.w_value.weight.T)
+        for last in (self.among_queries.attn.proj, self.among_queries.mlp.fc2):
+            last.weight.mul_(0.1)
 
     def forward(self, slots: Tensor, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """slots, queries: (B, T, D); tokens: (B, N, D). Returns the next slots and A (B, T, N) or (B, H, T, N)."""

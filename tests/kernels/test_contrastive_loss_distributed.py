@@ -109,7 +109,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_equal_one_process(ranks: int) -> None:
-    assert run_torchrun(WORKER, ranks=ranks).count("equal") == ranks
+    assert run_torchrun(WORKER, ranks=ranks, timeout=240).count("equal") == ranks
 
 
 def test_group_of_one_rank_is_the_plain_loss() -> None:

@@ -1,0 +1,432 @@
+"""Slot attention against float64, against loops over the paper's equations, and on every path (see conftest.py)."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eclip.kernels import slot_attention as module
+from eclip.kernels.slot_attention import (
+    NORMALIZERS,
+    slot_attention,
+    slot_attention_absorbed,
+    slot_attention_absorbed_reference,
+    slot_attention_reference,
+)
+from tests.helpers import assert_as_accurate
+
+EPS = 1e-6
+
+
+def randn(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def kv_inputs(batch: int, queries: int, tokens: int, dim: int, seed: int = 0) -> list[Tensor]:
+    """q, k, v."""
+    return randn((batch, queries, dim), (batch, tokens, dim), (batch, tokens, dim), seed=seed)
+
+
+def absorbed_inputs(batch: int, queries: int, tokens: int, dim: int, channels: int, seed: int = 0) -> list[Tensor]:
+    """q, tokens, w_key, w_value, then gamma and beta of the LayerNorm."""
+    q, x, w_key, w_value, gamma, beta = randn(
+        (batch, queries, dim), (batch, tokens, channels), (dim, channels), (dim, channels), (channels,), (channels,), seed=seed
+    )
+    return [q, x, w_key / math.sqrt(channels), w_value / math.sqrt(channels), 1 + 0.2 * gamma, 0.2 * beta]
+
+
+# --- Two formulations written independently of the module ---------------------------------------------------------------
+
+
+def equations(q: Tensor, k: Tensor, v: Tensor, heads: int, normalize: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Equations 1-4 of the paper, a number at a time. Returns out (B, T, D) and A (B, H, T, N)."""
+    batch, num_queries, dim = q.shape
+    num_tokens, width = k.shape[1], dim // heads
+    out = torch.zeros(batch, num_queries, dim, dtype=torch.float64)
+    assignment = torch.zeros(batch, heads, num_queries, num_tokens, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            channels = range(h * width, (h + 1) * width)
+            for n in range(num_tokens):
+                m = [sum(float(k[b, n, c] * q[b, t, c]) for c in channels) / math.sqrt(width) for t in range(num_queries)]
+                z = sum(math.exp(x) for x in m)
+                for t in range(num_queries):
+                    assignment[b, h, t, n] = math.exp(m[t]) / z
+            for t in range(num_queries):
+                row = assignment[b, h, t].tolist()
+                weights = {
+                    "mean": [(a + eps) / sum(x + eps for x in row) for a in row],
+                    "den": [a / (sum(row) + eps) for a in row],
+                    "l1max": [a / max(sum(row), eps) for a in row],
+                    "sum": row,
+                }[normalize]
+                for c in channels:
+                    out[b, t, c] = sum(w * float(v[b, n, c]) for n, w in enumerate(weights))
+    return out, assignment
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, normalize: str = "den", **_: Any) -> tuple[Tensor, Tensor]:
+    """What one writes in PyTorch without care for precision: matmuls in the inputs' dtype, softmax in float32."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    assignment = (q @ k.mT / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32)).softmax(-2)
+    mass = assignment.sum(-1, keepdim=True)
+    weights = {
+        "mean": lambda: (assignment + EPS) / (mass + k.shape[2] * EPS),
+        "den": lambda: assignment / (mass + EPS),
+        "l1max": lambda: assignment / mass.clamp_min(EPS),
+        "sum": lambda: assignment,
+    }[normalize]()
+    out = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return out, assignment[:, 0] if num_heads == 1 else assignment
+
+
+def eager_absorbed(
+    q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    if norm:
+        x = F.layer_norm(x, x.shape[-1:], *norm)
+    return eager(q, x @ w_key.mT, x @ w_value.mT, **options)
+
+
+def ours_absorbed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op with gamma and beta as two last positional arguments, so that they can be differentiated like the others."""
+
+    def call(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **options: Any) -> Any:
+        token_norm = (*norm, 1e-5) if norm else None
+        return function(q, x, w_key, w_value, token_norm=token_norm, **options)
+
+    return call
+
+
+def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
+    """Output, map and the gradient of every input, for fixed random gradients of both outputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, assignment = function(*leaves, return_map=True, **options)
+    grad_out, grad_map = randn(tuple(out.shape), tuple(assignment.shape), seed=7)
+    gradients = torch.autograd.grad(
+        (out, assignment), leaves, (grad_out.to(out.device, out.dtype), grad_map.to(assignment.device, assignment.dtype))
+    )
+    return {"out": out, "map": assignment} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+
+
+def check(
+    path: torch.device,
+    function: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    """On `path` and in `dtype`, outputs and gradients miss float64 by at most twice what `plain` misses it by."""
+    rounded = [x.to(dtype) for x in inputs]
+    exact = outputs_and_gradients(plain, [x.double() for x in rounded], **options)
+    low = outputs_and_gradients(plain, rounded, **options)
+    ours = outputs_and_gradients(function, [x.to(path) for x in rounded], **options)
+    for name, value in ours.items():
+        assert value.isfinite().all(), name
+        assert_as_accurate(value, low[name], exact[name], name=name)
+
+
+# --- The specification ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_equations(normalize: str, heads: int) -> None:
+    q, k, v = kv_inputs(2, 3, 5, 4)
+    out, assignment = equations(q, k, v, heads, normalize, 1e-2)
+    for function in (slot_attention_reference, slot_attention):
+        ours, ours_map = function(q, k, v, num_heads=heads, normalize=normalize, eps=1e-2, return_map=True)
+        torch.testing.assert_close(ours, out)
+        torch.testing.assert_close(ours_map, assignment[:, 0] if heads == 1 else assignment)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_absorbed_equations(heads: int) -> None:
+    q, x, w_key, w_value, gamma, beta = absorbed_inputs(2, 3, 5, 4, 6)
+    unit = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    for norm, tokens in ((None, x), ((gamma, beta, 1e-5), unit * gamma + beta)):
+        out, _ = equations(q, tokens @ w_key.T, tokens @ w_value.T, heads, "den", EPS)
+        for function in (slot_attention_absorbed_reference, slot_attention_absorbed):
+            ours = function(q, x, w_key, w_value, num_heads=heads, token_norm=norm)
+            torch.testing.assert_close(ours, out)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_gradients_are_those_of_the_reference(normalize: str, heads: int) -> None:
+    """In float64, with bias, mask (one image without any query), LayerNorm and the map: every gradient, to rounding."""
+    q, k, v = kv_inputs(3, 4, 6, 8)
+    *absorbed, gamma, beta = absorbed_inputs(3, 4, 6, 8, 10)
+    (bias,) = randn((3, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    options: dict[str, Any] = {"num_heads": heads, "normalize": normalize, "eps": 1e-2, "scale": 0.7, "query_mask": mask}
+
+    def with_bias(function: Callable[..., Any], width: int) -> Callable[..., Any]:
+        return lambda *x, **o: function(*x[:width], *x[width + 1 :], query_bias=x[width], **o)
+
+    for ours, reference, inputs, width in (
+        (slot_attention, slot_attention_reference, [q, k, v, bias], 3),
+        (
+            ours_absorbed(slot_attention_absorbed),
+            ours_absorbed(slot_attention_absorbed_reference),
+            [*absorbed, bias, gamma, beta],
+            4,
+        ),
+    ):
+        expected = outputs_and_gradients(with_bias(reference, width), inputs, **options)
+        for name, value in outputs_and_gradients(with_bias(ours, width), inputs, **options).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradcheck() -> None:
+    """Against finite differences: the reference's own gradients are not taken on trust."""
+    q, k, v = (x.requires_grad_() for x in kv_inputs(1, 3, 4, 4))
+    (bias,) = (x.requires_grad_() for x in randn((3,)))
+    for normalize in NORMALIZERS:
+        assert torch.autograd.gradcheck(
+            lambda *x, m=normalize: slot_attention(*x[:3], query_bias=x[3], normalize=m, eps=0.1, return_map=True),
+            (q, k, v, bias),
+        )
+
+
+# --- Accuracy on every path -------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1, 1, 16, 1), (2, 7, 49, 24, 1), (2, 16, 5, 48, 3), (1, 20, 33, 40, 1), (3, 32, 17, 16, 2), (1, 64, 40, 32, 1)]
+
+
+@pytest.mark.parametrize(("batch", "queries", "tokens", "dim", "heads"), SHAPES)
+def test_odd_shapes(path: torch.device, batch: int, queries: int, tokens: int, dim: int, heads: int) -> None:
+    check(path, slot_attention, eager, kv_inputs(batch, queries, tokens, dim), num_heads=heads)
+    inputs = absorbed_inputs(batch, queries, tokens, dim, dim + 8)
+    check(path, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, num_heads=heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_dtypes(path: torch.device, normalize: str, dtype: torch.dtype) -> None:
+    check(path, slot_attention, eager, kv_inputs(4, 5, 49, 32), dtype, num_heads=2, normalize=normalize)
+    absorbed = ours_absorbed(slot_attention_absorbed)
+    inputs = absorbed_inputs(4, 5, 49, 32, 48)  # fewer rows, and the two maximal errors are compared by luck
+    check(path, absorbed, eager_absorbed, inputs[:4], dtype, normalize=normalize)
+    check(path, absorbed, eager_absorbed, inputs, dtype, normalize=normalize)
+
+
+def test_wide_channels_take_several_programs(path: torch.device) -> None:
+    check(path, slot_attention, eager, kv_inputs(1, 20, 20, 544))
+    check(path, ours_absorbed(slot_attention_absorbed), eager_absorbed, absorbed_inputs(1, 20, 20, 32, 544))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_folded_norm_survives_a_mean_offset(path: torch.device, dtype: torch.dtype) -> None:
+    """Tokens whose mean lies at 5 standard deviations: the mean's contribution must cancel, not be rounded."""
+    q, x, *rest = absorbed_inputs(2, 20, 49, 64, 64)
+    check(path, ours_absorbed(slot_attention_absorbed), eager_absorbed, [q, x + 5, *rest], dtype)
+
+
+# --- Corners ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_dead_query(path: torch.device, normalize: str, dtype: torch.dtype) -> None:
+    """A query that wins nothing: no 0 / 0 (1e-8 is 0 in fp16), and `mean` gives it the mean of the values."""
+    q, k, v = (x.to(path, dtype).requires_grad_() for x in kv_inputs(2, 4, 9, 16))
+    bias = torch.tensor([0.0, -1e4, 0.0, 0.0], device=path)
+    out, assignment = slot_attention(q, k, v, query_bias=bias, normalize=normalize, eps=1e-8, return_map=True)
+    assert not assignment[:, 1].any()
+    expected = v.mean(1) if normalize == "mean" else torch.zeros_like(out[:, 1])
+    torch.testing.assert_close(out[:, 1], expected, atol=2e-3 if dtype == torch.float16 else 1e-6, rtol=0)
+    gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_absent_queries_change_nothing(path: torch.device, normalize: str) -> None:
+    q, k, v = (x.to(path, torch.float32) for x in kv_inputs(2, 5, 9, 16))
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5], device=path)
+    out, assignment = slot_attention(q, k, v, query_mask=mask, normalize=normalize, return_map=True)
+    alone, alone_map = slot_attention(q[:1, mask[0]], k[:1], v[:1], normalize=normalize, return_map=True)
+    torch.testing.assert_close(out[:1, mask[0]], alone)
+    torch.testing.assert_close(assignment[:1, mask[0]], alone_map)
+    assert not out[~mask].any() and not assignment[~mask].any()
+
+
+@pytest.mark.parametrize("shape", ["shared", "per image"])
+def test_query_bias(path: torch.device, shape: str) -> None:
+    q, k, v = (x.float() for x in kv_inputs(2, 5, 9, 16))
+    (bias,) = randn((5,) if shape == "shared" else (2, 5))
+    expected = slot_attention_reference(q, k, v, query_bias=bias.float(), num_heads=2)
+    ours = slot_attention(q.to(path), k.to(path), v.to(path), query_bias=bias.float().to(path), num_heads=2)
+    torch.testing.assert_close(ours.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_strided_tokens_are_read_in_place(path: torch.device) -> None:
+    """Patch tokens are `x[:, 1:]` of the encoder's output; rows may be a slice of wider ones."""
+    q, x, w_key, w_value, *_ = (x.to(path, torch.float32) for x in absorbed_inputs(3, 4, 10, 16, 32))
+    view = x[:, 1:, 8:24]
+    weights = w_key[:, :16].contiguous(), w_value[:, :16].contiguous()
+    torch.testing.assert_close(
+        slot_attention_absorbed(q, view, *weights), slot_attention_absorbed(q, view.contiguous(), *weights)
+    )
+    torch.testing.assert_close(slot_attention(q, view, view), slot_attention(q, view.contiguous(), view.contiguous()))
+
+
+def test_empty_batch(path: torch.device) -> None:
+    q, k, v = (x.to(path, torch.float32).requires_grad_() for x in kv_inputs(0, 4, 9, 16))
+    out, assignment = slot_attention(q, k, v, return_map=True)
+    assert out.shape == (0, 4, 16) and assignment.shape == (0, 4, 9)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+    weights = torch.ones(16, 16, device=path, requires_grad=True)
+    gradient = torch.autograd.grad(slot_attention_absorbed(q, k, weights, weights).sum(), weights)[0]
+    assert gradient.shape == (16, 16) and not gradient.any()
+
+
+def test_every_output_element_is_written(path: torch.device) -> None:
+    """Uninitialised memory is filled with NaN; padding to block sizes must leave none behind."""
+    inputs = [x.to(path, torch.float32) for x in kv_inputs(2, 7, 37, 40)]
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and inputs[0].new_empty(3).isnan().all()
+        values = outputs_and_gradients(slot_attention, inputs)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    for name, value in values.items():
+        assert value.isfinite().all(), name
+
+
+def test_inputs_are_not_written(path: torch.device) -> None:
+    inputs = [x.to(path, torch.float32) for x in absorbed_inputs(2, 5, 9, 16, 24)]
+    before = [x.clone() for x in inputs]
+    outputs_and_gradients(ours_absorbed(slot_attention_absorbed), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_gradients_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen tokens cost no token gradient."""
+    asked = []
+    plain = module._plain_backward
+    monkeypatch.setattr(module, "_plain_backward", lambda *a: (asked.append(a[-1]), plain(*a))[1])
+    q, x, w_key, w_value, *_ = absorbed_inputs(2, 3, 5, 8, 8)
+    w_key.requires_grad_()
+    torch.autograd.grad(slot_attention_absorbed(q, x, w_key, w_value).sum(), w_key)
+    assert asked == [False]
+
+
+# --- Composition ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["keys and values", "absorbed"])
+@pytest.mark.parametrize("return_map", [False, True])
+def test_opcheck(form: str, return_map: bool) -> None:
+    q, k, v = (x.float().view(2, -1, 3, 8).transpose(1, 2).requires_grad_() for x in kv_inputs(2, 4, 6, 24))
+    bias = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True, False] * 2])
+    options = (0.5, "mean", EPS)
+    if form == "absorbed":
+        args = (q, k[:, :1], None, None, None, *options, 1e-5, return_map)
+    else:
+        args = (q, k, v, bias, mask, *options, None, return_map)
+    torch.library.opcheck(module._core, args)
+    mass = module._core(*args)[1].detach()
+    grad_map = torch.randn(2, 3, 4, 6) if return_map else None
+    tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]
+    backward = (torch.randn_like(q), None, grad_map, *tensors, mass, *args[5:9], return_map)
+    torch.library.opcheck(module._core_backward, backward)
+
+
+def test_compiles_without_graph_breaks(path: torch.device) -> None:
+    inputs = [x.to(path, torch.float32) for x in absorbed_inputs(2, 4, 7, 16, 16)]
+
+    def block(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, return_map: bool) -> Any:
+        tokens = x[:, 1:]
+        out, assignment = slot_attention_absorbed(
+            q, tokens, w_key, w_value, token_norm=(norm[0], norm[1], 1e-5), return_map=return_map
+        )
+        return slot_attention(out, tokens, tokens, num_heads=2), assignment
+
+    expected = outputs_and_gradients(block, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for name, value in outputs_and_gradients(compiled, inputs).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_autocast(path: torch.device) -> None:
+    """Inputs are cast as a Linear's would be; the output has autocast's dtype and accuracy, the map is float32."""
+    inputs = [x.to(path, torch.float32) for x in absorbed_inputs(2, 5, 37, 32, 48)[:4]]
+    exact = slot_attention_absorbed_reference(*(x.cpu().double() for x in inputs))
+    with torch.autocast(path.type, torch.bfloat16):
+        out, assignment = slot_attention_absorbed(*inputs, return_map=True)
+        low, _ = eager_absorbed(*inputs)
+    assert out.dtype == torch.bfloat16 and assignment.dtype == torch.float32
+    assert isinstance(exact, Tensor)
+    assert_as_accurate(out, low, exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4)}, r"q has shape \(2, 4\)"),
+        ({"q": torch.zeros(2, 0, 8)}, "no query"),
+        ({"k": torch.zeros(2, 0, 8), "v": torch.zeros(2, 0, 8)}, "no token"),
+        ({"k": torch.zeros(3, 6, 8)}, r"k has shape \(3, 6, 8\); q and k ask for \(2, 6, 8\)"),
+        ({"v": torch.zeros(2, 5, 8)}, "v has shape"),
+        ({"v": torch.zeros(2, 6, 8, dtype=torch.float64)}, "v has dtype torch.float64 and q torch.float32"),
+        ({"q": torch.zeros(2, 4, 8, dtype=torch.long)}, "a floating dtype is needed"),
+        ({"num_heads": 3}, "num_heads=3 does not divide the D=8"),
+        ({"normalize": "softmax"}, "use one of mean, den, l1max, sum"),
+        ({"eps": 0.0}, "eps=0.0 must be positive"),
+        ({"query_bias": torch.zeros(5)}, "query_bias has shape"),
+        ({"query_mask": torch.ones(2, 4)}, "query_mask is torch.float32"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"q": torch.zeros(2, 4, 8), "k": torch.zeros(2, 6, 8), "v": torch.zeros(2, 6, 8)} | change
+    for function in (slot_attention, slot_attention_reference):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(3, 6, 10)}, r"tokens have shape \(3, 6, 10\)"),
+        ({"w_key": torch.zeros(10, 8)}, r"w_key has shape \(10, 8\); q and tokens ask for \(8, 10\)"),
+        ({"token_norm": (torch.ones(8), torch.zeros(10), 1e-5)}, "token_norm's gamma"),
+    ],
+)
+def test_absorbed_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"q": torch.zeros(2, 4, 8), "tokens": torch.zeros(2, 6, 10)}
+    arguments |= {"w_key": torch.zeros(8, 10), "w_value": torch.zeros(8, 10)} | change
+    for function in (slot_attention_absorbed, slot_attention_absorbed_reference):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+# --- Sizes of the paper, on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads", [1, 12])
+def test_paper_size(heads: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    check(device, slot_attention, eager, kv_inputs(4, 20, 196, 768), dtype, num_heads=heads)
+    inputs = absorbed_inputs(4, 20, 197, 768, 768)
+    check(device, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, dtype, num_heads=heads)
+
+
+@pytest.mark.gpu
+def test_limits_of_the_gpu_kernel_are_named() -> None:
+    q, k, v = (x.to("cuda", torch.float32) for x in kv_inputs(1, 65, 4, 16))
+    with pytest.raises(ValueError, match="T=65"):
+        slot_attention(q, k, v)
+    with pytest.raises(ValueError, match="float64"):
+        slot_attention(q.double(), k.double(), v.double())
