@@ -110,7 +110,13 @@ class FeatureCache:
 
 
 def _image_features(
-    cache_dir: Path, model: ECLIP, index: ShardIndex, config: RunConfig, views: int, device: torch.device, progress: bool
+    cache_dir: Path,
+    model: ECLIP,
+    index: ShardIndex,
+    config: RunConfig,
+    views: int,
+    device: torch.device,
+    progress: bool,
 ) -> np.ndarray:
     size, crop_scale, flip = config.model.image_size, config.data.crop_scale, config.data.flip
     settings = [index.fingerprint, weights_fingerprint(model.image_encoder), size, views]
@@ -135,22 +141,33 @@ def _image_features(
                 return load(candidate, view)
             except CorruptImageError as error:
                 if candidate == row and view == 0:
-                    log.warning("undecodable image %s (%s): another one of its product stands in", index.image_key(row), error)
+                    log.warning(
+                        "undecodable image %s (%s): another one of its product stands in", index.image_key(row), error
+                    )
         raise ValueError(f"{index.image_key(row)}: no image of its product can be decoded; pack the catalogue again")
 
     def fill(out: np.memmap) -> None:
         flat = out.reshape(-1, *shape[2:])
         tower = _fast_tower(model.image_encoder, device)
         with torch.inference_mode():
-            for first in tqdm(range(0, len(flat), 32), desc="caching image features", unit="batch", disable=not progress):
-                batch = torch.stack([load_or_substitute(i) for i in range(first, min(first + 32, len(flat)))]).to(device)
+            for first in tqdm(
+                range(0, len(flat), 32), desc="caching image features", unit="batch", disable=not progress
+            ):
+                batch = torch.stack([load_or_substitute(i) for i in range(first, min(first + 32, len(flat)))]).to(
+                    device
+                )
                 flat[first : first + 32] = tower(batch).half().cpu().numpy()
 
     return _cached(cache_dir / f"images-{name}.npy", shape, fill)
 
 
 def _text_features(
-    cache_dir: Path, model: ECLIP, index: ShardIndex, tokenizer: WordPiece, config: RunConfig, device: torch.device,
+    cache_dir: Path,
+    model: ECLIP,
+    index: ShardIndex,
+    tokenizer: WordPiece,
+    config: RunConfig,
+    device: torch.device,
     progress: bool,
 ) -> np.ndarray:
     # A title that several images share is encoded once.
@@ -164,7 +181,9 @@ def _text_features(
     def fill(out: np.memmap) -> None:
         chunks = []
         with torch.inference_mode():
-            for first in tqdm(range(0, len(first_row), 64), desc="caching text features", unit="batch", disable=not progress):
+            for first in tqdm(
+                range(0, len(first_row), 64), desc="caching text features", unit="batch", disable=not progress
+            ):
                 chunk = bounds[first : first + 65]
                 ids = tokens[int(chunk[0]) : int(chunk[-1])].to(device)
                 chunks.append(model.text_tower(ids, (chunk - chunk[0]).to(device)).half().cpu().numpy())

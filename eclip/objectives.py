@@ -13,7 +13,9 @@ Letters: B products of this rank, G of the global batch, T queries, N image toke
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -123,8 +125,17 @@ def intra_product_loss(slots: Tensor, texts: Tensor, positive: Tensor, excluded:
 
 
 def matching_loss(
-    model: ECLIP, instances: Tensor, texts: Tensor, pool: Tensor, draw: PromptDraw, excluded: Tensor, *, seed: int, step: int,
-    rank: int = 0, world_size: int = 1,
+    model: ECLIP,
+    instances: Tensor,
+    texts: Tensor,
+    pool: Tensor,
+    draw: PromptDraw,
+    excluded: Tensor,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Tensor:
     """L_itm: instance (B, D) with its title (B, D), and with one of its T-1 negative titles, drawn in proportion to
     exp(scale * cosine): the more alike, the more often. A row whose negatives are all excluded counts its match alone."""
@@ -167,8 +178,8 @@ def compute_losses(
     cached = features or CachedFeatures(None, None)
     image_a = _encode_image(model, batch, cached, view=0)
     text_a = _encode_text(model, batch, cached, view=0)
-    loss_function = contrastive_loss_reference if model.config.kernels == "reference" else contrastive_loss
-    losses = {"itc": _image_text_loss(loss_function, model, image_a.cls, text_a, batch, config, group)}
+    loss_function = _loss_function(model, group)
+    losses = {"itc": _image_text_loss(loss_function, model, image_a.cls, text_a, batch, config)}
     if config.objective == "eclip":
         assert momentum is not None, "the ECLIP objective needs the momentum model"
         losses |= _instance_losses(
@@ -193,8 +204,24 @@ def _encode_text(model: ECLIP, batch: Batch, cached: CachedFeatures, *, view: in
     return model.encode_text(batch.tokens[int(bounds[0]) : int(bounds[-1])], bounds - bounds[0])
 
 
-def _image_text_loss(loss_function, model, images, texts, batch, config, group) -> Tensor:  # type: ignore[no-untyped-def]
-    ids = {"none": None, "title": batch.title_ids[:, 0], "catalog": batch.catalog_ids}[config.soft_labels]
+def _loss_function(model: ECLIP, group: dist.ProcessGroup | None) -> Callable[..., Tensor]:
+    if model.config.kernels != "reference":
+        return partial(contrastive_loss, group=group)
+    if group is not None and dist.get_world_size(group) > 1:
+        raise ValueError("--kernels reference compares on one rank; start without torchrun, or use --kernels auto")
+    return contrastive_loss_reference
+
+
+def _image_text_loss(
+    loss_function: Callable[..., Tensor],
+    model: ECLIP,
+    images: Tensor,
+    texts: Tensor,
+    batch: Batch,
+    config: ObjectiveConfig,
+) -> Tensor:
+    titles = batch.title_ids[:, 0].contiguous()
+    ids = {"none": None, "title": titles, "catalog": batch.catalog_ids}[config.soft_labels]
     return loss_function(
         F.normalize(images.float(), dim=-1),
         F.normalize(texts.float(), dim=-1),
@@ -202,26 +229,38 @@ def _image_text_loss(loss_function, model, images, texts, batch, config, group) 
         image_ids=ids,
         text_ids=ids,
         positives="diagonal" if ids is None else "soft",
-        group=group,
     )
 
 
-def _instance_losses(  # type: ignore[no-untyped-def]
-    loss_function, model, momentum, batch, config, cached, image_a, text_a, *, step, seed, group
+def _instance_losses(
+    loss_function: Callable[..., Tensor],
+    model: ECLIP,
+    momentum: ECLIP,
+    batch: Batch,
+    config: ObjectiveConfig,
+    cached: CachedFeatures,
+    image_a: ImageFeatures,
+    text_a: Tensor,
+    *,
+    step: int,
+    seed: int,
+    group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     count, device = len(batch.product_ids), text_a.device
     where = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
-    draw = draw_prompts(
-        count, model.config.num_queries, config.image_prompt_share, config.own_image_share, **where
-    ).to(device)
+    draw = draw_prompts(count, model.config.num_queries, config.image_prompt_share, config.own_image_share, **where).to(
+        device
+    )
     own = draw.own_image[:, None]
     with torch.no_grad():
         image_b = _encode_image(momentum, batch, cached, view=1)
         text_b = _encode_text(momentum, batch, cached, view=1)
         # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
         image_prompts = torch.where(own, image_b.cls, image_a.cls.detach())
-        key_prompts = build_prompts(draw, gather_rows(text_b, group), gather_rows(image_a.cls, group), text_b, image_prompts)
+        key_prompts = build_prompts(
+            draw, gather_rows(text_b, group), gather_rows(image_a.cls, group), text_b, image_prompts
+        )
         keys = take_query(momentum.decode(image_b.tokens, key_prompts, draw.modality).slots, draw.positive)
     text_pool = gather_rows(text_a, group)
     image_prompts = torch.where(own, image_a.cls.detach(), image_b.cls)
@@ -238,7 +277,6 @@ def _instance_losses(  # type: ignore[no-untyped-def]
             text_ids=batch.product_ids,
             positives="mask",
             sides="rows",
-            group=group,
         ),
         "itm": matching_loss(model, instances, text_a, text_pool, draw, excluded, **where),
         "intra": intra_product_loss(output.slots, text_a, draw.positive, excluded, config.intra_temperature),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from eclip.config import PRESETS, RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
@@ -13,7 +14,6 @@ from eclip.dataloading.text import WordPiece
 from eclip.feature_cache import FeatureCache
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
-
 from tests.dataloading.fixtures import jpeg, make_split
 from tests.model.tiny import tiny
 
@@ -30,11 +30,15 @@ def parts(tmp_path: Path) -> tuple[ECLIP, ShardIndex, WordPiece]:
     return ECLIP(dataclasses.replace(TINY, vocab_size=64)).eval(), index, tokenizer
 
 
-def _open(folder: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], *, views: int = 1, config: RunConfig = CONFIG) -> FeatureCache:
+def _open(
+    folder: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], *, views: int = 1, config: RunConfig = CONFIG
+) -> FeatureCache:
     return FeatureCache.build_or_open(folder, *parts, config, views=views, progress=False)
 
 
-def test_view_0_is_the_towers_output_of_the_whole_image(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_view_0_is_the_towers_output_of_the_whole_image(
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+) -> None:
     model, index, tokenizer = parts
     rows = torch.tensor([[0, 4], [8, 1]])
     found = _open(tmp_path, parts).lookup(rows, step=0, seed=0)

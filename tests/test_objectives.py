@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
 from eclip.model.eclip import ECLIP
@@ -18,10 +19,10 @@ from eclip.objectives import (
     matching_loss,
     take_query,
 )
-
 from tests.model.tiny import TINY
 
 B, T = 7, TINY.num_queries
+DEFAULT = ObjectiveConfig()
 
 
 @pytest.fixture
@@ -47,7 +48,9 @@ def _batch(**changes: torch.Tensor) -> Batch:
     return Batch(**{**facts, **changes}, keys=[f"k{i}" for i in range(2 * B)], step=0, epoch=0)
 
 
-def _losses(model: ECLIP, batch: Batch, config: ObjectiveConfig = ObjectiveConfig(), **where: int) -> dict[str, torch.Tensor]:
+def _losses(
+    model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: int
+) -> dict[str, torch.Tensor]:
     return compute_losses(model, make_momentum(model), batch, config, **{"step": 3, "seed": 5, **where})
 
 
@@ -124,12 +127,16 @@ def test_matching_loss_prefers_hard_titles(model: ECLIP) -> None:
         )  # fmt: skip
         matched = model.match(F.normalize(instances[:1], dim=-1) * F.normalize(pool[:1], dim=-1) * 16)
         unmatched = model.match(instances[:1] ** 2 * 16)
-        expected = (F.cross_entropy(matched, torch.ones(1).long()) + F.cross_entropy(unmatched, torch.zeros(1).long())) / 2
+        expected = (
+            F.cross_entropy(matched, torch.ones(1).long()) + F.cross_entropy(unmatched, torch.zeros(1).long())
+        ) / 2
     torch.testing.assert_close(loss, expected)
 
 
 def test_loss_is_the_weighted_sum_with_a_warm_up(model: ECLIP) -> None:
-    config = ObjectiveConfig(itc_weight=2, inter_weight=3, itm_weight=5, intra_weight=7, entropy_weight=11, decoder_warmup_steps=8)
+    config = ObjectiveConfig(
+        itc_weight=2, inter_weight=3, itm_weight=5, intra_weight=7, entropy_weight=11, decoder_warmup_steps=8
+    )
     losses = _losses(model, _batch(), config)
     terms = 3 * losses["inter"] + 5 * losses["itm"] + 7 * losses["intra"] + 11 * losses["entropy"]
     torch.testing.assert_close(losses["loss"], 2 * losses["itc"] + 4 / 8 * terms)
@@ -167,6 +174,14 @@ def test_inter_product_loss_ignores_the_same_product(model: ECLIP) -> None:
     assert together < apart
 
 
+def test_an_own_image_prompt_has_no_gradient_of_its_own(model: ECLIP) -> None:
+    """With every prompt an image, titles do not enter L_inter and the choice of own or other image does."""
+    config = ObjectiveConfig(image_prompt_share=1.0)
+    other, own = (_losses(model, _batch(), dataclasses.replace(config, own_image_share=share)) for share in (0.0, 1.0))
+    assert not torch.equal(other["inter"], own["inter"])
+    assert torch.equal(other["itc"], own["itc"])
+
+
 def test_gradients_reach_every_trained_part(model: ECLIP) -> None:
     _losses(model, _batch())["loss"].backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -178,7 +193,9 @@ def test_cached_features_give_the_same_losses(model: ECLIP) -> None:
     images = model.image_tower(batch.images.flatten(0, 1)).unflatten(0, (B, 2))
     texts = model.text_tower(batch.tokens, batch.cu_seqlens).unflatten(0, (2, B)).transpose(0, 1)
     momentum = make_momentum(model)
-    cached = compute_losses(model, momentum, batch, ObjectiveConfig(), features=CachedFeatures(images, texts), step=3, seed=5)
+    cached = compute_losses(
+        model, momentum, batch, ObjectiveConfig(), features=CachedFeatures(images, texts), step=3, seed=5
+    )
     for name, value in _losses(model, batch).items():
         torch.testing.assert_close(cached[name], value)
 
@@ -189,3 +206,11 @@ def test_draws_follow_the_step_and_the_seed(model: ECLIP) -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["intra"], _losses(model, batch, step=4)["intra"])
     assert not torch.equal(one["intra"], _losses(model, batch, seed=6)["intra"])
+
+
+def test_reference_kernels_give_the_same_losses(model: ECLIP) -> None:
+    losses = _losses(model, _batch())
+    reference = ECLIP(dataclasses.replace(TINY, kernels="reference"))
+    reference.load_state_dict(model.state_dict())
+    for name, value in _losses(reference, _batch()).items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
