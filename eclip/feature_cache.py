@@ -42,7 +42,7 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def _cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.memmap], None]) -> np.memmap:
-    """Map `path`, filling it first when it is absent. Written under another name and renamed: a killed run leaves no half."""
+    """Map `path`, filled first when absent. Written under another name and renamed: a killed run leaves no half."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -64,7 +64,7 @@ def _fast_tower(tower: torch.nn.Module, device: torch.device) -> torch.nn.Module
 
 
 class FeatureCache:
-    """Features of one split, looked up by image row. Build on one rank, open on all (`build_or_open` behind a barrier)."""
+    """Features of one split, looked up by image row. Build on one rank, then open on all."""
 
     def __init__(self, images: np.ndarray | None, texts: np.ndarray | None) -> None:
         self.images, self.texts = images, texts

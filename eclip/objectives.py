@@ -6,8 +6,8 @@
     L_intra  per image, cross-entropy over the T query outputs: which of them is what the title speaks of
     L_R      entropy of the assignment of image tokens to queries
 
-Every random draw (negative prompts, modalities, the positive's index) is a function of (seed, step) over the GLOBAL batch, so
-that the losses do not depend on the number of ranks. Every loss is this rank's share: its mean over ranks is exact.
+Every random draw (negative prompts, modalities, the positive's index) is a function of (seed, step) over the GLOBAL
+batch, so that losses do not depend on the number of ranks. Every loss is this rank's share: its mean over ranks is exact.
 
 Letters: B products of this rank, G of the global batch, T queries, N image tokens, D embedding width.
 """
@@ -66,7 +66,7 @@ def draw_prompts(
 ) -> PromptDraw:
     """Draw the prompts of `local` rows out of local * world_size; every rank draws the same global table.
 
-    The positive's index is random: at a fixed index its position embedding gives L_intra's answer away. The T-1 negatives
+    The positive's index is random: at a fixed one its position embedding gives L_intra's answer away. The T-1 negatives
     follow the product in a random ring of the batch: distinct, never the product itself, O(G T) to draw.
     """
     total = local * world_size
@@ -117,7 +117,7 @@ def take_query(slots: Tensor, index: Tensor) -> Tensor:
 def intra_product_loss(slots: Tensor, texts: Tensor, positive: Tensor, excluded: Tensor, temperature: float) -> Tensor:
     """Cross-entropy over the T outputs of each image: the positive one is what the title speaks of.
 
-    slots (B, T, D), texts (B, D), positive (B,); excluded (B, T) bool marks queries prompted by the same title or product.
+    slots (B, T, D), texts (B, D), positive (B,); excluded (B, T) bool: prompts of the same title or product.
     """
     logits = torch.einsum("btd,bd->bt", F.normalize(slots.float(), dim=-1), F.normalize(texts.float(), dim=-1))
     logits = (logits / temperature).masked_fill(excluded, float("-inf"))
@@ -138,7 +138,7 @@ def matching_loss(
     world_size: int = 1,
 ) -> Tensor:
     """L_itm: instance (B, D) with its title (B, D), and with one of its T-1 negative titles, drawn in proportion to
-    exp(scale * cosine): the more alike, the more often. A row whose negatives are all excluded counts its match alone."""
+    exp(scale * cosine): the more alike, the more often. A row with all negatives excluded counts its match alone."""
     total, num_queries = len(instances) * world_size, draw.products.shape[1]
     unit, own, others = (F.normalize(x.float(), dim=-1) for x in (instances, texts, pool))
     candidates = others[draw.products]

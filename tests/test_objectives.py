@@ -48,9 +48,7 @@ def _batch(**changes: torch.Tensor) -> Batch:
     return Batch(**{**facts, **changes}, keys=[f"k{i}" for i in range(2 * B)], step=0, epoch=0)
 
 
-def _losses(
-    model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: int
-) -> dict[str, torch.Tensor]:
+def _losses(model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: int) -> dict[str, torch.Tensor]:
     return compute_losses(model, make_momentum(model), batch, config, **{"step": 3, "seed": 5, **where})
 
 

@@ -99,7 +99,7 @@ def test_queries_are_exchangeable():
 
 
 def test_the_split_starts_soft():
-    """Random prompts and tokens of any scale: neither saturated, where softmax has no gradient, nor without preference."""
+    """Random prompts, tokens of any scale: neither saturated, where softmax has no gradient, nor uniform."""
     torch.manual_seed(0)
     decoder = InstanceDecoder(tiny(embed_dim=64, num_queries=20))
     queries = InstanceQueries(tiny(embed_dim=64, num_queries=20))(
