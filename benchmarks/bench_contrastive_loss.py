@@ -1,7 +1,7 @@
 """The contrastive loss, forward and forward with backward, against the reference that builds the B x B matrix.
 
 Counted: FLOPs as multiples of u = 2 B^2 D, 1u forward and 4u with backward (logits again, then one product a tower);
-bytes as both towers read once, and read again with their gradients written once. Features are normalised random vectors.
+bytes as both towers read once, and read again with their gradients written once. Features are random unit vectors.
 """
 
 from typing import Any

@@ -115,5 +115,5 @@ class Batch:
 
     def to(self, device: Any) -> "Batch":
         """The same batch with every tensor on `device`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in values.items()})
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if hasattr(v, "to")}
+        return dataclasses.replace(self, **moved)

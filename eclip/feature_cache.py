@@ -1,10 +1,10 @@
 """Outputs of locked towers, computed once and read from memory maps.
 
 A tower that does not train gives the same features in every epoch. The cache holds, for every image of a split, V views
-(view 0: the whole image; views 1..V-1: random resized crops, half of them flipped) as float16 (I, V, 1+N, width), and for
-every image's title its pooled float16 text feature (I, text width). Its file names carry a fingerprint of the shards, the tower's
-weights and the settings: another tower or another catalogue never reads stale features. Runs on one catalogue share it.
-An undecodable image is named, and features of another image of its product stand in its place.
+(view 0: the whole image; views 1..V-1: random resized crops, half of them flipped) as float16 (I, V, 1+N, width), and
+for every image's title its pooled float16 text feature (I, text width). Its file names carry a fingerprint of the
+shards, the tower's weights and the settings: another tower or another catalogue never reads stale features, and runs on
+one catalogue share it. An undecodable image is named, and features of another image of its product stand in its place.
 """
 
 import copy
@@ -29,6 +29,7 @@ from eclip.objectives import CachedFeatures
 
 log = logging.getLogger(__name__)
 
+_CROP_SEED = 0  # not the run's: runs of other seeds choose among the same views
 _STREAM_VIEW = 1000  # keeps the choice of views apart from the sampler's draws
 
 
@@ -120,7 +121,7 @@ def _image_features(
 ) -> np.ndarray:
     size, crop_scale, flip = config.model.image_size, config.data.crop_scale, config.data.flip
     settings = [index.fingerprint, weights_fingerprint(model.image_encoder), size, views]
-    settings += [crop_scale, flip, config.seed] if views > 1 else []
+    settings += [crop_scale, flip, _CROP_SEED] if views > 1 else []
     name = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     shape = (index.num_images, views, 1 + config.model.grid**2, config.model.vision_width)
 
@@ -128,7 +129,7 @@ def _image_features(
         data = index.read_image(row)
         if view == 0:
             return decode_square(data, size)
-        draws = np.random.Generator(np.random.Philox(key=[config.seed, row * views + view])).random(5)
+        draws = np.random.Generator(np.random.Philox(key=[_CROP_SEED, row * views + view])).random(5)
         box = random_crop(draws[:4], *open_image(data).size, crop_scale)
         return torch.from_numpy(decode_crop(data, size, box, flip=bool(flip and draws[4] < 0.5)).copy())
 

@@ -7,7 +7,7 @@
     L_R      entropy of the assignment of image tokens to queries
 
 Every random draw (negative prompts, modalities, the positive's index) is a function of (seed, step) over the GLOBAL
-batch, so that losses do not depend on the number of ranks. Every loss is this rank's share: its mean over ranks is exact.
+batch, so that losses do not depend on the number of ranks. Every loss is this rank's share; their mean is exact.
 
 Letters: B products of this rank, G of the global batch, T queries, N image tokens, D embedding width.
 """

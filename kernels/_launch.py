@@ -3,8 +3,8 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E); the hardware instruction is exp2
@@ -58,7 +58,7 @@ def require_alike(**tensors: Tensor) -> None:
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise ValueError(
-                f"{name} has dtype {tensor.dtype} and {first_name} {first.dtype}; cast one of them, or run under autocast"
+                f"{name} has dtype {tensor.dtype} and {first_name} {first.dtype}; cast one of them, or use autocast"
             )
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device} and {first_name} on {first.device}; move one of them")

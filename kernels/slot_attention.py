@@ -11,11 +11,12 @@ tokens, no running maximum. W is A normalised over the tokens, in one of four wa
     sum    A                         kMaX-DeepLab
 
 Two public ops. `slot_attention` takes projected keys and values. `slot_attention_absorbed` takes the tokens and both
-weights and never builds keys or values: scores = (q W_key) E^T and out = (W^T E) W_value^T, so that an N x D x D product
-becomes a T x D x D one, and a block saves its T queries for backward instead of N keys and N values. Both run on one
-core op, which is one Triton program per image and head: the T x N map never reaches device memory unless it is asked for.
+weights and never builds keys or values: scores = (q W_key) E^T and out = (W^T E) W_value^T, so that an N x D x D
+product becomes a T x D x D one, and a block saves its T queries for backward instead of N keys and N values. Both run
+on one core op whose forward streams over the tokens: the T x N map reaches device memory only if it is asked for.
 
-Letters: B images, N tokens, T queries, D channels, H heads, G groups (1: all heads read the same tokens; H: a slice each).
+Letters: B images, N tokens, T queries, D channels, H heads, G groups (1: all heads read the same tokens; H: a slice
+each).
 """
 
 import math
@@ -149,7 +150,7 @@ class _Weights(NamedTuple):
 
 
 def _fold(x: Tensor, groups: int) -> Tensor:
-    """(B, H, T, X) -> (B, G, H/G * T, X): the heads of a group become rows of one matmul instead of copies of its tokens."""
+    """(B, H, T, X) -> (B, G, H/G * T, X): heads of a group become rows of one matmul, not copies of its tokens."""
     return x.reshape(x.shape[0], groups, -1, x.shape[-1])
 
 
@@ -318,7 +319,7 @@ def _slot_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,  # channels of one step of the scores' sum
     BLOCK_V: tl.constexpr,  # channels of the output that this program owns
 ):
-    row = tl.program_id(0).to(tl.int64)  # image * num_heads + head; int64: B * T * D elements pass 2**31 in real batches
+    row = tl.program_id(0).to(tl.int64)  # image * num_heads + head; B * T * D elements pass 2**31 in real batches
     image = row // num_heads
     head = row % num_heads
     group = head // heads_per_group
@@ -359,7 +360,7 @@ def _slot_attention_fwd_kernel(
             k = tl.load(k_rows + offset, mask=token_in[:, None] & in_dim, other=0.0)
             scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
             if HAS_NORM:
-                # Mean and squares of a chunk, joined to those so far (Chan et al. 1979): exact at any offset of the mean.
+                # A chunk's mean and squares, joined to those so far (Chan et al. 1979): exact at any offset of the mean.
                 raw = k.to(tl.float32)
                 count = tl.minimum(dim - offset, BLOCK_D)
                 chunk_mean = tl.sum(raw, 1) / count
@@ -386,8 +387,8 @@ def _slot_attention_fwd_kernel(
         v_rows = v_base + token.to(tl.int64)[:, None] * v_stride_n + channel[None, :]
         v = tl.load(v_rows, mask=token_in[:, None] & channel_in[None, :], other=0.0)
         if HAS_NORM:
-            # (v - mean) rstd, with rstd in the weights. The correction uses the weights as the dot rounds them: else their
-            # rounding times the mean stays in the result (bf16, mean at 5 sigma: error 6.9e-3 instead of 3.1e-3).
+            # (v - mean) rstd, with rstd in the weights. The correction uses the weights as the dot rounds them: else
+            # their rounding times the mean stays in the result (bf16, mean at 5 sigma: error 6.9e-3, not 3.1e-3).
             rounded = (assignment * rstd[None, :]).to(v.dtype)
             mean_part += tl.sum(rounded.to(tl.float32) * mean[None, :], 1)
         else:
@@ -495,7 +496,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: what the decoder uses, and the corners of the allowed shapes."""
+    """The configurations that `compile_check` compiles: what the decoder uses, and corners of the allowed shapes."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dtype, num_queries, dim, norm, optional in (
         (bf16, 20, 768, False, False),
@@ -516,16 +517,19 @@ def _compile_case(dtype: torch.dtype, num_queries: int, dim: int, *, norm: bool,
     normalize = "mean" if optional else "den"
     options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), element) | {"mass_ptr": "*fp32", "map_ptr": "*fp32"}
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), element)
+    pointers |= {"mass_ptr": "*fp32", "map_ptr": "*fp32"}
     if optional:
         pointers |= {"bias_ptr": "*fp32", "mask_ptr": "*u8"}
     strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bht"), ("k", "bgn"), ("v", "bgn")) for axis in axes]
     counts = ("num_heads", "heads_per_group", "num_queries", "num_tokens", "dim")
+    integers = dict.fromkeys((*strides, *counts), "i32")
+    floats = dict.fromkeys(("scale", "eps", "norm_eps"), "fp32")
     name = f"slot_attention fwd {str(dtype).removeprefix('torch.')} T={num_queries} D={dim}"
     return Case(
         name=name + (" norm" if norm else "") + (" mean bias mask map" if optional else ""),
         kernel=_slot_attention_fwd_kernel,
-        types=pointers | dict.fromkeys((*strides, *counts), "i32") | dict.fromkeys(("scale", "eps", "norm_eps"), "fp32"),
+        types=pointers | integers | floats,
         constants={"bias_ptr": None, "mask_ptr": None, "NORMALIZE": normalize, "HAS_NORM": norm}
         | dict.fromkeys(("HAS_BIAS", "HAS_MASK", "STORE_MAP"), optional)
         | {key: value for key, value in options.items() if key.isupper()},
@@ -676,13 +680,13 @@ def slot_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Let queries compete for tokens; return each query's weighted mean of the values.
 
-    q: (B, T, D); k, v: (B, N, D); one floating dtype and device (under autocast: cast to its dtype). With `num_heads` > 1
-    the channels split into equal slices that compete separately. `scale` defaults to 1 / sqrt(D / num_heads).
+    q: (B, T, D); k, v: (B, N, D); one floating dtype and device (under autocast: cast to its dtype). With `num_heads`
+    > 1 the channels split into equal slices that compete separately. `scale` defaults to 1 / sqrt(D / num_heads).
     query_bias: (T,) or (B, T), finite, added to the scores after scaling. query_mask: (B, T) bool, True = present; an
     absent query takes part in nothing and its row is 0.
-    Returns out (B, T, D) in q's dtype or, with `return_map`, (out, map): the softmax over queries A, not W, as (B, T, N),
-    or (B, H, T, N) with several heads, in float32 (float64 for float64 inputs). Differentiable, once, in q, k, v,
-    query_bias, through both outputs. Sums, softmax and eps are fp32 in every half-precision dtype.
+    Returns out (B, T, D) in q's dtype or, with `return_map`, (out, map): the softmax over queries A, not W, as
+    (B, T, N), or (B, H, T, N) with several heads, in float32 (float64 for float64 inputs). Differentiable, once, in q,
+    k, v and query_bias, through both outputs. Sums, softmax and eps are fp32 in every half-precision dtype.
     Raises ValueError when shapes, dtypes or devices disagree; on a GPU also for T > 64 or D / num_heads > 1024.
     """
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
@@ -716,8 +720,8 @@ def slot_attention_absorbed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`slot_attention(q, tokens @ w_key.T, tokens @ w_value.T)` without ever building the keys or the values.
 
-    q: (B, T, D); tokens: (B, N, C), any batch and row stride; w_key, w_value: (D, C) as in `nn.Linear.weight`. A bias of
-    the key projection is `query_bias` b_key . q; one of the value projection has no place here.
+    q: (B, T, D); tokens: (B, N, C), any batch and row stride; w_key, w_value: (D, C) as in `nn.Linear.weight`. A bias
+    of the key projection is the `query_bias` scale * (q . bias); one of the value projection has no place here.
     token_norm: (gamma (C,), beta (C,), eps) folds a LayerNorm of the tokens in. Everything else as in `slot_attention`;
     gradients reach q, tokens, both weights, gamma, beta and query_bias.
     Cheaper than projecting while num_heads is small: T * num_heads < N by far (T=20, N=196: up to 4 heads).

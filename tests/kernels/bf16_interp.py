@@ -1,7 +1,7 @@
 """Make Triton's CPU interpreter compute in bf16.
 
-Triton 3.6 keeps an interpreted bf16 tensor as uint16 bit patterns and runs integer arithmetic on them, silently. `install`
-wraps the interpreter's builder: bf16 operands are widened to fp32, results are rounded to nearest even, as a GPU does.
+Triton 3.6 keeps an interpreted bf16 tensor as uint16 bit patterns and runs integer arithmetic on them, silently.
+`install` wraps the interpreter's builder: bf16 operands are widened to fp32, results rounded to nearest even, as on a GPU.
 Kernels should use bf16 for loads, dot operands and stores only; this covers those and ordinary arithmetic, not atomics.
 """
 
@@ -55,8 +55,10 @@ def install() -> None:
     if getattr(Builder, "computes_bf16", False):
         return
     Builder.computes_bf16 = True
-    for name, operands in (("binary_op", 2), ("unary_op", 1), ("create_fma", 3), ("create_erf", 1), ("create_rsqrt", 1)):
-        _wrap(name, operands)
+    _wrap("binary_op", 2)
+    _wrap("create_fma", 3)
+    for name in ("unary_op", "create_erf", "create_rsqrt"):
+        _wrap(name, 1)
     ternary, dot, cast = Builder.ternary_op, Builder.create_dot, Builder.cast_impl
 
     def ternary_op(self: Any, lhs: Any, rhs: Any, other: Any, op: Any) -> Any:

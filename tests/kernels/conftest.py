@@ -1,4 +1,4 @@
-"""Kernel tests run on up to three paths: PyTorch on the CPU, the Triton kernel in the interpreter, the kernel on a GPU."""
+"""Kernel tests run on up to three paths: PyTorch on the CPU, the Triton kernel interpreted, the kernel on a GPU."""
 
 import pytest
 import torch

@@ -190,8 +190,8 @@ def test_half_precision_features(path: torch.device, dtype: torch.dtype) -> None
 def test_several_tiles_and_panels(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_statistics, "_TILE", {"cpu": 32, "cuda": 32})
     monkeypatch.setattr(contrastive_kernels, "_PANEL", 2)
-    check(path, make_inputs(260, 16, "soft", bias=True), 20.0)
-    check(path, make_inputs(260, 16, "mask"), 20.0)
+    check(path, make_inputs(135, 16, "soft", bias=True), 20.0)
+    check(path, make_inputs(135, 16, "mask"), 20.0)
 
 
 def test_strided_features(path: torch.device) -> None:

@@ -34,26 +34,27 @@ def kv_inputs(batch: int, queries: int, tokens: int, dim: int, seed: int = 0) ->
 
 def absorbed_inputs(batch: int, queries: int, tokens: int, dim: int, channels: int, seed: int = 0) -> list[Tensor]:
     """q, tokens, w_key, w_value, then gamma and beta of the LayerNorm."""
-    q, x, w_key, w_value, gamma, beta = randn(
-        (batch, queries, dim), (batch, tokens, channels), (dim, channels), (dim, channels), (channels,), (channels,), seed=seed
-    )
+    weight, vector = (dim, channels), (channels,)
+    shapes = (batch, queries, dim), (batch, tokens, channels), weight, weight, vector, vector
+    q, x, w_key, w_value, gamma, beta = randn(*shapes, seed=seed)
     return [q, x, w_key / math.sqrt(channels), w_value / math.sqrt(channels), 1 + 0.2 * gamma, 0.2 * beta]
 
 
-# --- Two formulations written independently of the module ---------------------------------------------------------------
+# --- Two formulations written independently of the module -------------------------------------------------------------
 
 
 def equations(q: Tensor, k: Tensor, v: Tensor, heads: int, normalize: str, eps: float) -> tuple[Tensor, Tensor]:
     """Equations 1-4 of the paper, a number at a time. Returns out (B, T, D) and A (B, H, T, N)."""
     batch, num_queries, dim = q.shape
     num_tokens, width = k.shape[1], dim // heads
+    root = math.sqrt(width)
     out = torch.zeros(batch, num_queries, dim, dtype=torch.float64)
     assignment = torch.zeros(batch, heads, num_queries, num_tokens, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
             channels = range(h * width, (h + 1) * width)
             for n in range(num_tokens):
-                m = [sum(float(k[b, n, c] * q[b, t, c]) for c in channels) / math.sqrt(width) for t in range(num_queries)]
+                m = [sum(float(k[b, n, c] * q[b, t, c]) for c in channels) / root for t in range(num_queries)]
                 z = sum(math.exp(x) for x in m)
                 for t in range(num_queries):
                     assignment[b, h, t, n] = math.exp(m[t]) / z
@@ -70,7 +71,9 @@ def equations(q: Tensor, k: Tensor, v: Tensor, heads: int, normalize: str, eps: 
     return out, assignment
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, normalize: str = "den", **_: Any) -> tuple[Tensor, Tensor]:
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, normalize: str = "den", **_: Any
+) -> tuple[Tensor, Tensor]:
     """What one writes in PyTorch without care for precision: matmuls in the inputs' dtype, softmax in float32."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     assignment = (q @ k.mT / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32)).softmax(-2)
@@ -94,7 +97,7 @@ def eager_absorbed(
 
 
 def ours_absorbed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with gamma and beta as two last positional arguments, so that they can be differentiated like the others."""
+    """The op with gamma and beta as last positional arguments, so that they are differentiated like the others."""
 
     def call(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **options: Any) -> Any:
         token_norm = (*norm, 1e-5) if norm else None
@@ -108,9 +111,8 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor]
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out, assignment = function(*leaves, return_map=True, **options)
     grad_out, grad_map = randn(tuple(out.shape), tuple(assignment.shape), seed=7)
-    gradients = torch.autograd.grad(
-        (out, assignment), leaves, (grad_out.to(out.device, out.dtype), grad_map.to(assignment.device, assignment.dtype))
-    )
+    seeds = (grad_out.to(out), grad_map.to(assignment))
+    gradients = torch.autograd.grad((out, assignment), leaves, seeds)
     return {"out": out, "map": assignment} | {f"gradient {i}": g for i, g in enumerate(gradients)}
 
 
@@ -165,7 +167,8 @@ def test_gradients_are_those_of_the_reference(normalize: str, heads: int) -> Non
     *absorbed, gamma, beta = absorbed_inputs(3, 4, 6, 8, 10)
     (bias,) = randn((3, 4))
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    options: dict[str, Any] = {"num_heads": heads, "normalize": normalize, "eps": 1e-2, "scale": 0.7, "query_mask": mask}
+    options: dict[str, Any] = {"num_heads": heads, "normalize": normalize, "eps": 1e-2, "scale": 0.7}
+    options["query_mask"] = mask
 
     def with_bias(function: Callable[..., Any], width: int) -> Callable[..., Any]:
         return lambda *x, **o: function(*x[:width], *x[width + 1 :], query_bias=x[width], **o)
@@ -197,7 +200,15 @@ def test_gradcheck() -> None:
 
 # --- Accuracy on every path -------------------------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1, 16, 1), (2, 7, 49, 24, 1), (2, 16, 5, 48, 3), (1, 20, 33, 40, 1), (3, 32, 17, 16, 2), (1, 64, 40, 32, 1)]
+# B, T, N, D, heads
+SHAPES = [
+    (1, 1, 1, 16, 1),
+    (2, 7, 49, 24, 1),
+    (2, 16, 5, 48, 3),
+    (1, 20, 33, 40, 1),
+    (3, 32, 17, 16, 2),
+    (1, 64, 40, 8, 1),
+]
 
 
 @pytest.mark.parametrize(("batch", "queries", "tokens", "dim", "heads"), SHAPES)
