@@ -9,6 +9,7 @@ three sources. Distractors come from the same split, never from the same series,
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -247,12 +248,28 @@ def pack_demo(
     if _up_to_date(data_dir, expected):
         return
     data_dir.mkdir(parents=True, exist_ok=True)
-    (data_dir / _RECORD).unlink(missing_ok=True)  # an interrupted run must not look finished
+    plan = _make_plan(image_size, seed, images_per_product, distractors, limit)
+    with _alone(data_dir):
+        if not _up_to_date(data_dir, expected):  # another run may have packed while this one waited
+            _pack(data_dir, plan, expected, workers, progress)
+
+
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """Wait until no other process packs this folder: two runs started together want the same shards."""
+    with open(data_dir / ".pack.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_plan(
+    image_size: int, seed: int, images_per_product: int, distractors: tuple[int, int], limit: int | None
+) -> _Plan:
     products = read_catalog()
     if limit is not None and limit < len(products):
         products = tuple(products[i * len(products) // limit] for i in range(limit))
     catalog, series = near_identical(products, lambda product: [_view(name) for name in product.skus[0].views])
-    plan = _Plan(
+    return _Plan(
         image_size=image_size,
         seed=seed,
         images_per_product=images_per_product,
@@ -263,8 +280,11 @@ def pack_demo(
         sides=tuple(split_products(products, series)),
     )
 
+
+def _pack(data_dir: Path, plan: _Plan, expected: str, workers: int, progress: bool) -> None:
+    (data_dir / _RECORD).unlink(missing_ok=True)  # an interrupted run must not look finished
     files: dict[str, int] = {}
-    total = images_per_product * len(products)
+    total = plan.images_per_product * len(plan.products)
     with (
         _workers(workers, plan) as compose_all,
         tqdm(total=total, unit="img", desc="composing", disable=not progress, mininterval=0.5) as bar,
@@ -275,10 +295,10 @@ def pack_demo(
             files |= {tar.name: tar.stat().st_size for tar in tars}
     record = {
         "fingerprint": expected,
-        "image_size": image_size,
-        "seed": seed,
-        "images_per_product": images_per_product,
-        "distractors": list(distractors),
+        "image_size": plan.image_size,
+        "seed": plan.seed,
+        "images_per_product": plan.images_per_product,
+        "distractors": list(plan.distractors),
         "products": {split: plan.sides.count(split) for split in SPLITS},
         "files": files,
     }

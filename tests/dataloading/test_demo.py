@@ -1,8 +1,11 @@
 """The embedded catalogue's shards: split, sources, boxes, reproducibility, skipping."""
 
+import fcntl
 import io
 import json
+import shutil
 import tarfile
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -213,3 +216,22 @@ def test_command_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--out", str(shards), "--distractors", "4", "1"])
     assert "distractors=(4, 1)" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_pack_once(shards: Path, tmp_path: Path) -> None:
+    """The second waits for the first's lock and finds its shards."""
+    folder = tmp_path / "both"
+    shutil.copytree(shards, folder)
+    (folder / "demo.json").rename(tmp_path / "demo.json")  # as while another run is packing
+    record = json.loads((tmp_path / "demo.json").read_text())
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    with open(folder / ".pack.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=demo.pack_demo, args=(folder,), kwargs=SMALL)
+        waiting.start()
+        waiting.join(1.0)
+        assert waiting.is_alive(), "nobody packs a folder that is being packed"
+        (tmp_path / "demo.json").rename(folder / "demo.json")
+    waiting.join(60)
+    assert json.loads((folder / "demo.json").read_text()) == record
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == before

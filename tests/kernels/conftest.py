@@ -8,13 +8,18 @@ from eclip.kernels import _launch
 from tests.kernels import bf16_interp
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Triton 3.6 makes an int of a 1-element array, which numpy < 2.4 still allows.
+    for item in items:
+        if "interpreter" in item.name or "interpreter" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
+
+
 @pytest.fixture
-def interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """CPU tensors go through the Triton kernels, interpreted, bf16 included. Keep sizes tiny: ~50 us a program."""
     if not knobs.runtime.interpret:
         pytest.skip("the process was not started with TRITON_INTERPRET=1 (on a GPU machine the kernels compile)")
-    # Triton 3.6 turns 1-element arrays into ints, which numpy < 2.4 still allows.
-    request.node.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
     bf16_interp.install()
     monkeypatch.setattr(_launch, "interpret_on_cpu", True)
     return torch.device("cpu")

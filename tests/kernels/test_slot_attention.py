@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclip.kernels import slot_attention as module
+from eclip.kernels import slot_attention_core as module
 from eclip.kernels.slot_attention import (
     NORMALIZERS,
     slot_attention,
@@ -344,12 +344,12 @@ def test_opcheck(form: str, return_map: bool) -> None:
         args = (q, k[:, :1], None, None, None, *options, 1e-5, return_map)
     else:
         args = (q, k, v, bias, mask, *options, None, return_map)
-    torch.library.opcheck(module._core, args)
-    mass = module._core(*args)[1].detach()
+    torch.library.opcheck(module.core, args)
+    mass = module.core(*args)[1].detach()
     grad_map = torch.randn(2, 3, 4, 6) if return_map else None
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]
     backward = (torch.randn_like(q), None, grad_map, *tensors, mass, *args[5:9], return_map)
-    torch.library.opcheck(module._core_backward, backward)
+    torch.library.opcheck(module.core_backward, backward)
 
 
 def test_compiles_without_graph_breaks(path: torch.device) -> None:
