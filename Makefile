@@ -17,13 +17,14 @@ endif
 
 .PHONY: train test bench lint clean
 
-# `make train FLAGS="--steps 200"` passes flags on; `make train TOWERS=no` trains both towers from scratch.
+# A killed `make train` continues where it was. `make train FLAGS="--steps 200"` passes flags on;
+# `make train TOWERS=no` trains both towers from scratch.
 ifeq ($(TOWERS),no)
 train: .venv/installed
-	$(BIN)/python -m eclip.train --preset demo $(FLAGS)
+	$(BIN)/python -m eclip.train --preset demo --resume $(FLAGS)
 else
 train: .venv/installed towers/ready
-	$(BIN)/python -m eclip.train --preset demo_towers $(FLAGS)
+	$(BIN)/python -m eclip.train --preset demo_towers --resume $(FLAGS)
 endif
 
 test: .venv/installed

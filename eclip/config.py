@@ -124,6 +124,8 @@ class ObjectiveConfig:
     """Share of queries prompted by another image of the product instead of a title."""
     own_image_share: float = 0.0
     """Share of positive image prompts that are the image itself, as at inference, instead of another image."""
+    gaussian_share: float = 0.0
+    """Share of products whose negative prompts are N(0, I), as at inference, instead of other products' prompts."""
     ema_momentum: float = 0.996
     decoder_warmup_steps: int = 0
     """Steps over which the weights of the decoder's losses rise from 0."""

@@ -26,6 +26,7 @@ from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
 from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 from eclip.model.eclip import ECLIP, ImageFeatures
+from eclip.parallel import gather_rows
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class PromptDraw:
     """(B,) int64 index of the positive query."""
     own_image: Tensor
     """(B,) bool: a positive image prompt is the image itself, as at inference, and not the product's other image."""
+    gaussian: Tensor
+    """(B,) bool: the negative prompts are N(0, I), as at inference, instead of those of other products."""
 
     def to(self, device: torch.device) -> "PromptDraw":
         return PromptDraw(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -56,8 +59,7 @@ class PromptDraw:
 def draw_prompts(
     local: int,
     num_queries: int,
-    image_share: float,
-    own_share: float = 0.0,
+    config: ObjectiveConfig,
     *,
     seed: int,
     step: int,
@@ -78,31 +80,33 @@ def draw_prompts(
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
     ring = torch.randperm(total, generator=generator)
     place = torch.empty_like(ring).scatter_(0, ring, torch.arange(total))
-    modality = (torch.rand(total, num_queries, generator=generator) < image_share).long()
+    modality = (torch.rand(total, num_queries, generator=generator) < config.image_prompt_share).long()
     positive = torch.randint(num_queries, (total,), generator=generator)
-    own_image = torch.rand(total, generator=generator) < own_share
+    own_image = torch.rand(total, generator=generator) < config.own_image_share
+    gaussian = torch.rand(total, generator=generator) < config.gaussian_share
     rows = torch.arange(rank * local, (rank + 1) * local)
     column = torch.arange(num_queries)
     # Column c holds the (c - positive)-th follower in the ring; the 0th follower is the product itself.
     follower = (column[None, :] - positive[rows, None]) % num_queries
     products = ring[(place[rows, None] + follower) % total]
-    return PromptDraw(products, modality[rows], positive[rows], own_image[rows])
+    return PromptDraw(products, modality[rows], positive[rows], own_image[rows], gaussian[rows])
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(B, ...) of every rank, in rank order: (G, ...). Carries no gradient."""
-    rows = rows.detach().contiguous()
-    if group is None or dist.get_world_size(group) == 1:
-        return rows
-    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows, group=group)
-    return gathered
+def gaussian_prompts(num_queries: int, width: int, *, seed: int, step: int) -> Tensor:
+    """(T, D) standard normal prompts of one step, the same for all rows and ranks, as they are at inference."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 250_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+    return torch.randn(num_queries, width, generator=generator)
 
 
-def build_prompts(draw: PromptDraw, texts: Tensor, images: Tensor, own_texts: Tensor, own_images: Tensor) -> Tensor:
-    """Prompts (B, T, D) out of the global pools `texts`, `images` (G, D); the positive keeps its gradient (B, D)."""
-    modality = draw.modality[..., None].bool()
-    prompts = torch.where(modality, images[draw.products], texts[draw.products])
+def build_prompts(
+    draw: PromptDraw, texts: Tensor, images: Tensor, noise: Tensor, own_texts: Tensor, own_images: Tensor
+) -> Tensor:
+    """Prompts (B, T, D) out of the global pools `texts`, `images` (G, D) and `noise` (T, D).
+
+    The positive is the row's own title or image (B, D) and the only one with a gradient.
+    """
+    prompts = torch.where(draw.modality[..., None].bool(), images[draw.products], texts[draw.products])
+    prompts = torch.where(draw.gaussian[:, None, None], noise, prompts)
     is_image = draw.modality.gather(1, draw.positive[:, None]).bool()
     own = torch.where(is_image, own_images, own_texts)
     index = draw.positive[:, None, None].expand(-1, 1, prompts.shape[-1])
@@ -249,22 +253,20 @@ def _instance_losses(
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     count, device = len(batch.product_ids), text_a.device
     where = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
-    draw = draw_prompts(count, model.config.num_queries, config.image_prompt_share, config.own_image_share, **where).to(
-        device
-    )
+    draw = draw_prompts(count, model.config.num_queries, config, **where).to(device)
+    noise = gaussian_prompts(model.config.num_queries, model.config.embed_dim, seed=seed, step=step).to(text_a)
     own = draw.own_image[:, None]
     with torch.no_grad():
         image_b = _encode_image(momentum, batch, cached, view=1)
         text_b = _encode_text(momentum, batch, cached, view=1)
         # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
         image_prompts = torch.where(own, image_b.cls, image_a.cls.detach())
-        key_prompts = build_prompts(
-            draw, gather_rows(text_b, group), gather_rows(image_a.cls, group), text_b, image_prompts
-        )
+        pools = gather_rows(text_b, group), gather_rows(image_a.cls, group)
+        key_prompts = build_prompts(draw, *pools, noise, text_b, image_prompts)
         keys = take_query(momentum.decode(image_b.tokens, key_prompts, draw.modality).slots, draw.positive)
     text_pool = gather_rows(text_a, group)
     image_prompts = torch.where(own, image_a.cls.detach(), image_b.cls)
-    prompts = build_prompts(draw, text_pool, gather_rows(image_b.cls, group), text_a, image_prompts)
+    prompts = build_prompts(draw, text_pool, gather_rows(image_b.cls, group), noise, text_a, image_prompts)
     output = model.decode(image_a.tokens, prompts, draw.modality)
     instances = take_query(output.slots, draw.positive)
     excluded = _same_title_or_product(batch, draw, group)

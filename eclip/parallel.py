@@ -20,6 +20,9 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is depreca
 # A block that returns a view is fine as long as nobody changes it in place, and nobody does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
+# torch 2.13 renamed it and warns at every call of the old name; 2.11 has only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -96,3 +99,13 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, block_dtype: torch.dtype | None 
             for block in module:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(B, ...) of every rank, in rank order: (G, ...). Carries no gradient."""
+    rows = rows.detach().contiguous()
+    if group is None or dist.get_world_size(group) == 1:
+        return rows
+    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    _all_gather(gathered, rows, group=group)
+    return gathered

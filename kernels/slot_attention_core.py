@@ -2,10 +2,11 @@
 
     out, mass, map = core(q (B, H, T, D), k (B, G, N, D), v (B, G, N, D) or None, bias (B, H, T), mask (B, T), ...)
 
-v = None: the values are the keys (the absorbed form, where both are the raw tokens). norm_eps: the tokens pass through a
-LayerNorm without affine part first. out is (B, H, T, D); mass (B, H, T) is s, each query's sum of A; map is A, (B, H, T,
-N), or empty when not asked for. The gradients reach q, k, v and bias through all three outputs, so that whatever is
-built on them (sum_n W from the mass, an entropy of the map) needs no code here. See slot_attention.py for the letters.
+v = None: the values are the keys (the absorbed form, where both are the raw tokens). norm_eps: the tokens pass through
+a LayerNorm without affine part first. out is (B, H, T, D); mass (B, H, T) is s, each query's sum of A; map is A,
+(B, H, T, N), or empty when not asked for. The gradients reach q, k, v and bias through all three outputs, so that
+whatever is built on them (sum_n W from the mass, an entropy of the map) needs no code here. slot_attention.py explains
+the letters.
 """
 
 from typing import NamedTuple
@@ -248,7 +249,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     q, k, v, bias, mask, *options, return_map = inputs
     ctx.save_for_backward(q, k, v, bias, mask, output[1])
     ctx.options = options
@@ -256,7 +257,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_mass, grad_map):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_out, grad_mass, grad_map):
     q, k, v, bias, mask, mass = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(q)

@@ -1,7 +1,7 @@
 """Triton kernels of slot attention, their launchers and the configurations that are compiled ahead of time.
 
 The forward passes over the tokens once. A program holds the outputs of one image and head for a slice of the channels:
-a tile of tokens gives the scores of all T queries, their softmax, and its share of s and A^T v; nothing of size N stays.
+a tile of tokens gives the scores of all T queries, their softmax, and its share of s and A^T v; nothing grows with N.
 """
 
 from collections.abc import Iterator

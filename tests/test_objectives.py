@@ -54,42 +54,48 @@ def _losses(model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **whe
 
 @pytest.mark.parametrize("step", range(5))
 def test_every_query_has_its_own_product_and_the_positive_its_own(step: int) -> None:
-    draw = draw_prompts(B, T, 0.5, seed=0, step=step)
+    draw = draw_prompts(B, T, DEFAULT, seed=0, step=step)
     for row, (products, index) in enumerate(zip(draw.products, draw.positive, strict=True)):
         assert products[index] == row
         assert len(set(products.tolist())) == T
 
 
 def test_ranks_draw_slices_of_one_table() -> None:
-    whole = draw_prompts(8, T, 0.5, seed=3, step=9)
-    parts = [draw_prompts(4, T, 0.5, seed=3, step=9, rank=rank, world_size=2) for rank in (0, 1)]
-    for name in ("products", "modality", "positive"):
+    whole = draw_prompts(8, T, DEFAULT, seed=3, step=9)
+    parts = [draw_prompts(4, T, DEFAULT, seed=3, step=9, rank=rank, world_size=2) for rank in (0, 1)]
+    for name in ("products", "modality", "positive", "own_image", "gaussian"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
 def test_positive_index_and_modalities_are_spread() -> None:
-    draws = [draw_prompts(64, T, 0.25, seed=0, step=step) for step in range(20)]
+    config = ObjectiveConfig(image_prompt_share=0.25, own_image_share=0.75, gaussian_share=0.4)
+    draws = [draw_prompts(64, T, config, seed=0, step=step) for step in range(20)]
     counts = torch.stack([d.positive for d in draws]).flatten().bincount(minlength=T)
     assert counts.min() > 0.7 * 64 * 20 / T, "a fixed index would give L_intra's answer away"
     own = torch.cat([take_query(d.modality[..., None], d.positive) for d in draws]).float().mean()
     assert abs(own - 0.25) < 0.05
     assert abs(torch.stack([d.modality for d in draws]).float().mean() - 0.25) < 0.02
+    assert abs(torch.stack([d.own_image for d in draws]).float().mean() - 0.75) < 0.05
+    assert abs(torch.stack([d.gaussian for d in draws]).float().mean() - 0.4) < 0.05
 
 
 def test_too_small_a_batch_names_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"4 products cannot prompt 5 queries.*--global-batch-size to at least 5"):
-        draw_prompts(4, 5, 0.5, seed=0, step=0)
+        draw_prompts(4, 5, DEFAULT, seed=0, step=0)
 
 
 def test_prompts_are_looked_up_and_only_the_positive_has_a_gradient() -> None:
-    draw = draw_prompts(B, T, 0.5, seed=0, step=0)
-    texts, images = torch.randn(B, 4), torch.randn(B, 4)
+    draw = draw_prompts(B, T, ObjectiveConfig(gaussian_share=0.5), seed=0, step=0)
+    assert 0 < draw.gaussian.sum() < B
+    texts, images, noise = torch.randn(B, 4), torch.randn(B, 4), torch.randn(T, 4)
     own_texts, own_images = texts.clone().requires_grad_(), images.clone().requires_grad_()
-    prompts = build_prompts(draw, texts, images, own_texts, own_images)
+    prompts = build_prompts(draw, texts, images, noise, own_texts, own_images)
     for row in range(B):
         for t in range(T):
             pool = images if draw.modality[row, t] else texts
-            assert torch.equal(prompts[row, t], pool[draw.products[row, t]])
+            negative = t != draw.positive[row]
+            expected = noise[t] if draw.gaussian[row] and negative else pool[draw.products[row, t]]
+            assert torch.equal(prompts[row, t], expected)
     prompts.sum().backward()
     used = take_query(draw.modality[..., None], draw.positive).bool()
     assert torch.equal(own_images.grad.bool(), used.expand(-1, 4))
@@ -112,7 +118,7 @@ def test_intra_product_loss_against_its_formula() -> None:
 
 def test_matching_loss_prefers_hard_titles(model: ECLIP) -> None:
     """With one title far closer than the others, it is the negative that is drawn."""
-    draw = draw_prompts(B, T, 0.5, seed=0, step=0)
+    draw = draw_prompts(B, T, DEFAULT, seed=0, step=0)
     instances = F.normalize(torch.randn(B, 16), dim=-1)
     pool = -instances.roll(1, 0)
     hard = draw.products[torch.arange(B), (draw.positive + 1) % T]

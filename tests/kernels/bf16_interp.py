@@ -1,7 +1,7 @@
 """Make Triton's CPU interpreter compute in bf16.
 
 Triton 3.6 keeps an interpreted bf16 tensor as uint16 bit patterns and runs integer arithmetic on them, silently.
-`install` wraps the interpreter's builder: bf16 operands are widened to fp32, results rounded to nearest even, as on GPUs.
+`install` wraps the interpreter's builder: bf16 operands are widened to fp32, results rounded to nearest even.
 Kernels should use bf16 for loads, dot operands and stores only; this covers those and ordinary arithmetic, not atomics.
 """
 
