@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eclip.config import PRESETS, DataConfig, ModelConfig, RunConfig, parse
+from eclip.config import PRESETS, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, parse
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -83,3 +83,26 @@ def test_json_of_another_version_is_refused() -> None:
     text = PRESETS["debug"].to_json().replace('"steps"', '"stepz"')
     with pytest.raises(ValueError, match="no setting stepz"):
         RunConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        (ObjectiveConfig, {"gaussian_share": 1.5}),
+        (ObjectiveConfig, {"ema_momentum": -0.1}),
+        (ObjectiveConfig, {"intra_weight": -1.0}),
+        (ObjectiveConfig, {"inter_temperature": 0.0}),
+        (OptimConfig, {"learning_rate": 0.0}),
+        (OptimConfig, {"warmup_steps": -1}),
+    ],
+)
+def test_numbers_out_of_range_are_named(settings: type, change: dict[str, float]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: "):
+        settings(**change)
+
+
+def test_a_missing_tower_names_the_way_to_it(tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS["demo_towers"], image_weights=tmp_path / "image.safetensors")
+    with pytest.raises(ValueError, match=r"image\.safetensors: no such file; `make towers/ready`"):
+        config.check_files()
