@@ -126,6 +126,8 @@ class ObjectiveConfig:
     """Share of positive image prompts that are the image itself, as at inference, instead of another image."""
     gaussian_share: float = 0.0
     """Share of products whose negative prompts are N(0, I), as at inference, instead of other products' prompts."""
+    token_keep: float = 1.0
+    """Share of the patch tokens that a step's decoder sees, drawn anew each step: less work and less to memorise."""
     ema_momentum: float = 0.996
     decoder_warmup_steps: int = 0
     """Steps over which the weights of the decoder's losses rise from 0."""
@@ -133,8 +135,11 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("image_prompt_share", "own_image_share", "gaussian_share", "ema_momentum"):
             _require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: use a number from 0 to 1")
-        for name in ("itc_weight", "inter_weight", "itm_weight", "intra_weight", "entropy_weight", "decoder_warmup_steps"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: use 0 (off) or more")
+        for name in ("itc", "inter", "itm", "intra", "entropy"):
+            weight = getattr(self, f"{name}_weight")
+            _require(weight >= 0, f"{name}_weight={weight}: use 0 (off) or more")
+        _require(self.decoder_warmup_steps >= 0, f"decoder_warmup_steps={self.decoder_warmup_steps}: use 0 or more")
+        _require(0 < self.token_keep <= 1, f"token_keep={self.token_keep}: keep a share above 0 and at most 1")
         for name in ("inter_temperature", "intra_temperature"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: logits are divided by it; use e.g. 0.1")
 

@@ -13,6 +13,7 @@ Letters: B products of this rank, G of the global batch, T queries, N image toke
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +114,17 @@ def build_prompts(
     return prompts.scatter(1, index, own[:, None].to(prompts.dtype))
 
 
+def draw_tokens(num_tokens: int, keep: float, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices (K,) of the patch tokens that views a and b train on, K = ceil(keep N); the same on all ranks.
+
+    Source: patch dropout (arXiv 2208.07220, 2212.00794), after the tower here.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 750_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+    count = math.ceil(keep * num_tokens)
+    first, second = (torch.randperm(num_tokens, generator=generator)[:count].sort().values for _ in range(2))
+    return first, second
+
+
 def take_query(slots: Tensor, index: Tensor) -> Tensor:
     """(B, T, D), (B,) -> (B, D): one query's output of every image."""
     return slots[torch.arange(len(slots), device=slots.device), index]
@@ -180,7 +192,7 @@ def compute_losses(
     momentum may be None when objective="clip". Sources: see the module's docstring.
     """
     cached = features or CachedFeatures(None, None)
-    image_a = _encode_image(model, batch, cached, view=0)
+    image_a = _encode_image(model, batch, cached, config, view=0, step=step, seed=seed)
     text_a = _encode_text(model, batch, cached, view=0)
     loss_function = _loss_function(model, group)
     losses = {"itc": _image_text_loss(loss_function, model, image_a.cls, text_a, batch, config)}
@@ -193,11 +205,22 @@ def compute_losses(
     return losses
 
 
-def _encode_image(model: ECLIP, batch: Batch, cached: CachedFeatures, *, view: int) -> ImageFeatures:
+def _encode_image(
+    model: ECLIP, batch: Batch, cached: CachedFeatures, config: ObjectiveConfig, *, view: int, step: int, seed: int
+) -> ImageFeatures:
+    kept = draw_tokens(model.config.grid**2, config.token_keep, seed=seed, step=step)[view]
     if cached.images is not None:
-        return model.project_image(cached.images[:, view])
+        return model.project_image(_keep_tokens(cached.images[:, view], kept))
     assert batch.images is not None, "a batch without images needs cached features"
-    return model.encode_image(batch.images[:, view])
+    return model.project_image(_keep_tokens(model.image_tower(batch.images[:, view]), kept))
+
+
+def _keep_tokens(tower_output: Tensor, kept: Tensor) -> Tensor:
+    """(B, 1+N, width) -> (B, 1+K, width): CLS and the patch tokens `kept` (K,)."""
+    if len(kept) == tower_output.shape[1] - 1:
+        return tower_output
+    rows = torch.cat([torch.zeros(1, dtype=kept.dtype), kept + 1]).to(tower_output.device)
+    return tower_output.index_select(1, rows)
 
 
 def _encode_text(model: ECLIP, batch: Batch, cached: CachedFeatures, *, view: int) -> Tensor:
@@ -257,7 +280,7 @@ def _instance_losses(
     noise = gaussian_prompts(model.config.num_queries, model.config.embed_dim, seed=seed, step=step).to(text_a)
     own = draw.own_image[:, None]
     with torch.no_grad():
-        image_b = _encode_image(momentum, batch, cached, view=1)
+        image_b = _encode_image(momentum, batch, cached, config, view=1, step=step, seed=seed)
         text_b = _encode_text(momentum, batch, cached, view=1)
         # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
         image_prompts = torch.where(own, image_b.cls, image_a.cls.detach())

@@ -39,7 +39,7 @@ def autocast_off(x: Tensor) -> torch.autocast:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an op should take `x`: autocast's where it is on (float64 is left alone), else its own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -54,6 +54,7 @@ def slot_attention_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`slot_attention` in plain PyTorch operations; same arguments, shapes and errors, any size."""
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     _check_keys(q, k, v)
     dtype = accumulate_dtype(q.dtype)
     with autocast_off(q):
@@ -100,6 +101,7 @@ def slot_attention_absorbed_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`slot_attention_absorbed` the long way round: LayerNorm, both projections, then `slot_attention_reference`."""
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
+    q, tokens, w_key, w_value = (x.to(autocast_dtype(x)) for x in (q, tokens, w_key, w_value))
     _check_tokens(q, tokens, w_key, w_value, token_norm)
     dtype = accumulate_dtype(q.dtype)
     with autocast_off(q):
@@ -152,8 +154,7 @@ def slot_attention(
     Raises ValueError when shapes, dtypes or devices disagree; on a GPU also for T > 64 or D / num_heads > 1024.
     """
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
-    dtype = autocast_dtype(q)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     _check_keys(q, k, v)
     _check_kernel_limits(q, q.shape[-1] // num_heads)
     queries, keys, values = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -190,8 +191,8 @@ def slot_attention_absorbed(
     Source: the associativity of equations 1 and 3 of ECLIP (arXiv 2304.02853).
     """
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
-    dtype = autocast_dtype(q)
-    q, tokens, w_key, w_value = (x.to(dtype) for x in (q, tokens, w_key, w_value))
+    q, tokens, w_key, w_value = (x.to(autocast_dtype(x)) for x in (q, tokens, w_key, w_value))
+    dtype = q.dtype
     _check_tokens(q, tokens, w_key, w_value, token_norm)
     _check_kernel_limits(q, tokens.shape[-1])
     scale = _scale(scale, q, num_heads)

@@ -15,6 +15,7 @@ from eclip.objectives import (
     build_prompts,
     compute_losses,
     draw_prompts,
+    draw_tokens,
     intra_product_loss,
     matching_loss,
     take_query,
@@ -218,3 +219,32 @@ def test_reference_kernels_give_the_same_losses(model: ECLIP) -> None:
     reference.load_state_dict(model.state_dict())
     for name, value in _losses(reference, _batch()).items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_tokens_are_a_sorted_share_drawn_per_view_and_step() -> None:
+    first, second = draw_tokens(16, 0.3, seed=0, step=1)
+    for kept in (first, second):
+        assert len(kept) == 5
+        assert (kept.diff() > 0).all()
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, draw_tokens(16, 0.3, seed=0, step=2)[0])
+    assert torch.equal(draw_tokens(16, 1.0, seed=0, step=1)[0], torch.arange(16))
+
+
+def test_dropped_tokens_take_no_part_but_cls_does(model: ECLIP) -> None:
+    """The losses see only the kept tokens: others may be anything. CLS always counts."""
+    config = ObjectiveConfig(token_keep=0.4)
+    batch, momentum = _batch(), make_momentum(model)
+    images = model.image_tower(batch.images.flatten(0, 1)).unflatten(0, (B, 2)).detach()
+    kept = draw_tokens(16, 0.4, seed=5, step=3)
+    changed = images.clone()
+    for view in (0, 1):
+        dropped = torch.ones(17, dtype=torch.bool)
+        dropped[torch.cat([torch.zeros(1, dtype=torch.long), kept[view] + 1])] = False
+        changed[:, view, dropped] = 100.0
+    one, two = (
+        compute_losses(model, momentum, batch, config, features=CachedFeatures(x, None), step=3, seed=5)
+        for x in (images, changed)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(one["itc"], _losses(model, batch)["itc"])

@@ -376,6 +376,11 @@ def test_autocast(path: torch.device) -> None:
     with torch.autocast(path.type, torch.bfloat16):
         out, assignment = slot_attention_absorbed(*inputs, return_map=True)
         low, _ = eager_absorbed(*inputs)
+        mixed = slot_attention_absorbed_reference(
+            inputs[0].bfloat16(), *inputs[1:]
+        )  # queries of a Linear, fp32 weights
+    assert isinstance(mixed, Tensor) and mixed.dtype == torch.bfloat16
+    assert_as_accurate(mixed, low, exact)
     assert out.dtype == torch.bfloat16 and assignment.dtype == torch.float32
     assert isinstance(exact, Tensor)
     assert_as_accurate(out, low, exact)
