@@ -335,14 +335,15 @@ PRESETS: dict[PresetName, RunConfig] = {
             decoder_depth=2,
             decoder_heads=12,
         ),
-        steps=800,
+        steps=600,
         cached_views=2,
         # Chosen on the val split (README, "What made it learn").
         objective=ObjectiveConfig(
             inter_weight=2.0,
             intra_weight=0.5,
             entropy_weight=0.1,
-            own_image_share=0.5,
+            image_prompt_share=0.6,
+            own_image_share=1.0,
             gaussian_share=0.5,
             ema_momentum=0.99,
         ),
