@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .model.towers import TOWER_SHAPES
+
 PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
 
 
@@ -318,22 +320,7 @@ PRESETS: dict[PresetName, RunConfig] = {
         lock_text=True,
         cache_features=True,
         model=ModelConfig(
-            image_size=168,
-            patch_size=14,
-            vision_width=384,
-            vision_depth=12,
-            vision_heads=6,
-            layer_scale=True,
-            vocab_size=30522,
-            text_width=384,
-            text_depth=6,
-            text_heads=12,
-            max_positions=512,
-            text_pooling="mean",
-            embed_dim=384,
-            num_queries=8,
-            decoder_depth=2,
-            decoder_heads=12,
+            image_size=168, embed_dim=384, num_queries=8, decoder_depth=2, decoder_heads=12, **TOWER_SHAPES
         ),
         steps=600,
         cached_views=2,
