@@ -1,20 +1,17 @@
-"""Every setting of a run: frozen dataclasses, presets, one validation place each.
+"""Every setting of a run: frozen dataclasses, one validation place each.
 
-A preset is a constant; `parse` reads command-line flags over it with tyro. The resolved configuration is saved as
+presets.py holds complete sets of them and reads command-line flags. The resolved configuration is saved as
 `config.json` in the run folder, so that evaluation and resume need no flags.
 """
 
 import dataclasses
 import json
-import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from .model.towers import TOWER_SHAPES
 
 PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
 
@@ -271,131 +268,3 @@ def _from_value(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     return value
-
-
-def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int) -> RunConfig:
-    """The paper's run: 224 px, BERT-base, D=768, T=20, L=6; 15 epochs of 15M products."""
-    steps = 15 * 15_000_000 // batch
-    return RunConfig(
-        preset=preset,
-        run_dir=Path("runs") / preset,
-        steps=steps,
-        global_batch_size=batch,
-        checkpoint_every=1000,
-        model=ModelConfig(
-            image_size=224,
-            patch_size=16,
-            vision_width=width,
-            vision_depth=depth,
-            vision_heads=heads,
-            vocab_size=30522,
-            text_width=768,
-            text_depth=12,
-            text_heads=12,
-            max_positions=512,
-            embed_dim=768,
-            num_queries=20,
-            decoder_depth=6,
-            decoder_heads=12,
-        ),
-        data=DataConfig(data_dir=Path("data/products"), num_workers=8),
-        optim=OptimConfig(learning_rate=1e-4, warmup_steps=2000),
-    )
-
-
-PRESETS: dict[PresetName, RunConfig] = {
-    # From scratch on the embedded catalogue.
-    "demo": RunConfig(
-        model=ModelConfig(decoder_depth=3, decoder_heads=6, num_queries=8),
-        optim=OptimConfig(learning_rate=5e-4),
-    ),
-    # The embedded catalogue with pretrained, locked towers (ViT-S/14, MiniLM-L6) whose image features are cached.
-    "demo_towers": RunConfig(
-        preset="demo_towers",
-        run_dir=Path("runs/demo_towers"),
-        image_weights=Path("towers/image.safetensors"),
-        text_weights=Path("towers/text.safetensors"),
-        vocab_file=Path("towers/vocab.txt"),
-        lock_image=True,
-        lock_text=True,
-        cache_features=True,
-        model=ModelConfig(
-            image_size=168, embed_dim=384, num_queries=8, decoder_depth=2, decoder_heads=12, **TOWER_SHAPES
-        ),
-        steps=600,
-        cached_views=2,
-        # Chosen on the val split (README, "What made it learn").
-        objective=ObjectiveConfig(
-            inter_weight=2.0,
-            intra_weight=0.5,
-            entropy_weight=0.1,
-            image_prompt_share=0.6,
-            own_image_share=1.0,
-            gaussian_share=0.5,
-            ema_momentum=0.99,
-        ),
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=30),
-    ),
-    # ECLIP-B and ECLIP-L of the paper; start them from ImageNet and BERT with --image-weights and --text-weights.
-    "vit_b16": _paper("vit_b16", width=768, depth=12, heads=12, batch=4096),
-    "vit_l16": _paper("vit_l16", width=1024, depth=24, heads=16, batch=3072),
-    # Seconds on a CPU: that everything runs, not that anything is learnt.
-    "debug": RunConfig(
-        preset="debug",
-        run_dir=Path("runs/debug"),
-        steps=5,
-        global_batch_size=8,
-        overwrite=True,
-        checkpoint_every=5,
-        log_every=1,
-        model=ModelConfig(
-            image_size=32,
-            patch_size=8,
-            vision_width=32,
-            vision_depth=1,
-            vision_heads=2,
-            vocab_size=512,
-            text_width=32,
-            text_depth=1,
-            text_heads=2,
-            embed_dim=32,
-            num_queries=4,
-            decoder_depth=1,
-            decoder_heads=2,
-        ),
-        data=DataConfig(
-            data_dir=Path("data/debug"), demo_image_size=48, demo_images_per_product=6, demo_products=40, num_workers=0
-        ),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2),
-    ),
-}
-
-
-def parse(argv: Sequence[str] | None = None) -> RunConfig:
-    """Read flags (default: sys.argv) over the preset they name (default: demo).
-
-    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit
-    for --help and, with a message that names it, for an unknown flag or a value that breaks a rule.
-    """
-    import tyro  # here, so that a finished run opens where tyro is not installed
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return tyro.cli(
-        RunConfig,
-        prog="python -m eclip.train",
-        description="Train ECLIP. --preset is read first, every other flag overrides its value.",
-        args=arguments,
-        default=PRESETS[_preset_name(arguments)],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def _preset_name(arguments: Sequence[str]) -> PresetName:
-    """The value of --preset; an unknown one is left for tyro, whose message lists the choices."""
-    name: Any = "demo"
-    for position, argument in enumerate(arguments):
-        if argument == "--preset" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    return name if name in PRESETS else "demo"

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import list_checkpoints, newest_checkpoint, read_config
-from .config import PRESETS, RunConfig
+from .config import RunConfig
 from .dataloading.demo import pack_demo
 from .dataloading.shards import ShardIndex
 from .dataloading.text import WordPiece
 from .metrics import check_packages
 from .parallel import Ranks
+from .presets import PRESETS
 
 PACKED_PRESETS = ("demo", "demo_towers", "debug")
 """Presets whose own data folder is filled from the embedded catalogue."""

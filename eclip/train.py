@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .config import RunConfig, parse
+from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
 from .feature_cache import FeatureCache
@@ -31,6 +31,7 @@ from .objectives import CachedFeatures, compute_losses
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .parallel import Ranks, shard, start_ranks, stop_ranks
 from .prepare import Prepared, prepare
+from .presets import parse
 
 
 class CannotStart(ValueError):

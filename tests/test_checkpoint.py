@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from eclip.checkpoint import list_checkpoints, load_checkpoint, load_run, newest_checkpoint, save_checkpoint
-from eclip.config import PRESETS, OptimConfig
+from eclip.config import OptimConfig
 from eclip.dataloading.text import WordPiece
 from eclip.model.eclip import ECLIP
 from eclip.momentum import make_momentum, update_momentum
 from eclip.optim import build_optimizer
 from eclip.parallel import Ranks
+from eclip.presets import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CONFIG = PRESETS["debug"].model

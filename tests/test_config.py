@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eclip.config import PRESETS, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, parse
+from eclip.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from eclip.presets import PRESETS, parse
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from eclip.config import PRESETS, RunConfig
+from eclip.config import RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.feature_cache import FeatureCache
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
+from eclip.presets import PRESETS
 from tests.dataloading.fixtures import jpeg, make_split
 from tests.model.tiny import tiny
 

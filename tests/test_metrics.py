@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from eclip.config import PRESETS
 from eclip.metrics import (
     Throughput,
     build_sinks,
@@ -21,6 +20,7 @@ from eclip.metrics import (
     format_rate,
     jsonl_sink,
 )
+from eclip.presets import PRESETS
 
 
 def test_console_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eclip.config import PRESETS
 from eclip.model.eclip import ECLIP
 from eclip.momentum import make_momentum, update_momentum
+from eclip.presets import PRESETS
 
 
 @pytest.fixture

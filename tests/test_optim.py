@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from eclip.config import PRESETS, OptimConfig
+from eclip.config import OptimConfig
 from eclip.model.eclip import ECLIP
 from eclip.optim import build_optimizer, learning_rate, param_groups, set_learning_rate
+from eclip.presets import PRESETS
 
 CONFIG = OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.05, tower_learning_rate_scale=0.1)
 

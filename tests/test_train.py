@@ -19,10 +19,11 @@ from PIL import Image
 import eclip.prepare
 import eclip.train
 from eclip.checkpoint import list_checkpoints, load_run
-from eclip.config import PRESETS, RunConfig
+from eclip.config import RunConfig
 from eclip.dataloading.pack import write_shards
 from eclip.dataloading.schema import ImageRecord, Product
 from eclip.parallel import Ranks
+from eclip.presets import PRESETS
 from eclip.train import CannotStart, NonFiniteLoss, main, train
 from tests.helpers import run_command, run_torchrun
 

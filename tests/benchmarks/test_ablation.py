@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablation import BASELINES, METRICS, OBJECTIVES, Arguments, collect, main, train_run
-from eclip.config import parse
+from eclip.presets import parse
 
 
 def _write(path: Path, value: float, *, decoder: bool) -> Path:
