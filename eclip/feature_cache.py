@@ -60,7 +60,8 @@ def _fast_tower(tower: torch.nn.Module, device: torch.device) -> torch.nn.Module
 
     Twice as fast on a CPU with AVX512-BF16 (ViT-S/14, 168 px), where autocast casts every weight again in every batch.
     """
-    native = device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+    avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # not a public name
+    native = device.type == "cuda" or bool(avx512_bf16())
     return copy.deepcopy(tower).to(device, torch.bfloat16).eval() if native else tower
 
 

@@ -29,6 +29,13 @@ from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_re
 from eclip.model.eclip import ECLIP, ImageFeatures
 from eclip.parallel import gather_rows
 
+_PROMPTS, _GAUSSIAN, _MATCHING, _TOKENS = range(4)
+
+
+def _generator(seed: int, step: int, stream: int) -> torch.Generator:
+    """The random numbers of one purpose at one step, on every rank the same."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step + stream * 250_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+
 
 @dataclass(frozen=True)
 class CachedFeatures:
@@ -78,7 +85,7 @@ def draw_prompts(
             f"a global batch of {total} products cannot prompt {num_queries} queries with distinct products; "
             f"raise --global-batch-size to at least {num_queries} or lower --num-queries"
         )
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator = _generator(seed, step, _PROMPTS)
     ring = torch.randperm(total, generator=generator)
     place = torch.empty_like(ring).scatter_(0, ring, torch.arange(total))
     modality = (torch.rand(total, num_queries, generator=generator) < config.image_prompt_share).long()
@@ -95,7 +102,7 @@ def draw_prompts(
 
 def gaussian_prompts(num_queries: int, width: int, *, seed: int, step: int) -> Tensor:
     """(T, D) standard normal prompts of one step, the same for all rows and ranks, as they are at inference."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 250_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator = _generator(seed, step, _GAUSSIAN)
     return torch.randn(num_queries, width, generator=generator)
 
 
@@ -119,7 +126,7 @@ def draw_tokens(num_tokens: int, keep: float, *, seed: int, step: int) -> tuple[
 
     Source: patch dropout (arXiv 2208.07220, 2212.00794), after the tower here.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 750_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator = _generator(seed, step, _TOKENS)
     count = math.ceil(keep * num_tokens)
     first, second = (torch.randperm(num_tokens, generator=generator)[:count].sort().values for _ in range(2))
     return first, second
@@ -161,7 +168,7 @@ def matching_loss(
     with torch.no_grad():
         similarity = model.scale().detach() * torch.einsum("bd,btd->bt", unit, candidates)
         similarity.scatter_(1, draw.positive[:, None], float("-inf")).masked_fill_(excluded, float("-inf"))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 500_000_000) & 0x7FFF_FFFF_FFFF_FFFF)
+        generator = _generator(seed, step, _MATCHING)
         noise = torch.rand(total, num_queries, generator=generator).clamp_min_(1e-12)
         gumbel = -torch.log(-torch.log(noise[rank * len(unit) : (rank + 1) * len(unit)].to(unit.device)))
         chosen = (similarity + gumbel).argmax(dim=1)
