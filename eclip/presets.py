@@ -42,6 +42,7 @@ def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int
 PRESETS: dict[PresetName, RunConfig] = {
     # From scratch on the embedded catalogue.
     "demo": RunConfig(
+        steps=600,  # 15 minutes on two cores
         model=ModelConfig(decoder_depth=3, decoder_heads=6, num_queries=8),
         optim=OptimConfig(learning_rate=5e-4),
     ),
