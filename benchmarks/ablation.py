@@ -80,7 +80,7 @@ def train_run(run_dir: Path, objective: str, seed: int, arguments: Arguments) ->
     command += ["--seed", str(seed), "--log-every", "50", "--checkpoint-every", "100000"]
     command += [*OBJECTIVES[objective], *arguments.flags.split()]
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(run_dir / "log.txt", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:

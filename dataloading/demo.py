@@ -9,7 +9,6 @@ three sources. Distractors come from the same split, never from the same series,
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles,
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
+from .lock import alone
 from .schema import SOURCES, ImageRecord, Product
 
 ARCHIVE = Path(__file__).parent / "demo_catalog" / "cc0_products.tar"
@@ -249,17 +249,9 @@ def pack_demo(
         return
     data_dir.mkdir(parents=True, exist_ok=True)
     plan = _make_plan(image_size, seed, images_per_product, distractors, limit)
-    with _alone(data_dir):
+    with alone(data_dir / ".pack.lock"):
         if not _up_to_date(data_dir, expected):  # another run may have packed while this one waited
             _pack(data_dir, plan, expected, workers, progress)
-
-
-@contextlib.contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """Wait until no other process packs this folder: two runs started together want the same shards."""
-    with open(data_dir / ".pack.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make_plan(

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eclip.config import RunConfig
+from eclip.dataloading.lock import alone
 from eclip.dataloading.pipeline import CorruptImageError, decode_crop, decode_square, open_image
 from eclip.dataloading.sampling import hash64, random_crop
 from eclip.dataloading.shards import ShardIndex
@@ -33,6 +34,11 @@ _CROP_SEED = 0  # not the run's: runs of other seeds choose among the same views
 _STREAM_VIEW = 1000  # keeps the choice of views apart from the sampler's draws
 
 
+def cache_folder(config: RunConfig) -> Path:
+    """Where a run's cache lies: beside the shards, so that runs on one catalogue share it."""
+    return config.data.data_dir / "features"
+
+
 def weights_fingerprint(module: torch.nn.Module) -> str:
     """Digest of a module's parameters and buffers, names and bits."""
     digest = hashlib.blake2b(digest_size=12)
@@ -43,16 +49,25 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def _cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.memmap], None]) -> np.memmap:
-    """Map `path`, filled first when absent. Written under another name and renamed: a killed run leaves no half."""
+    """Map `path`, filled first when absent: by one process, the others wait.
+
+    Written under another name and renamed: a killed run leaves no half.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-        fill(array)
-        array.flush()
-        del array
-        partial.rename(path)
+        with alone(path.with_suffix(".lock")):
+            if not path.exists():  # another run may have filled it while this one waited
+                _fill_new(path, shape, fill)
     return np.load(path, mmap_mode="r")
+
+
+def _fill_new(path: Path, shape: tuple[int, ...], fill: Callable[[np.memmap], None]) -> None:
+    partial = path.with_suffix(".partial")
+    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+    fill(array)
+    array.flush()
+    del array
+    partial.rename(path)
 
 
 def _fast_tower(tower: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, cache_folder
 from .metrics import MetricSink, Throughput, build_sinks, count_flops
 from .model.eclip import ECLIP
 from .model.pretrained import load_image_weights, load_text_weights
@@ -135,7 +134,7 @@ def open_cache(model: ECLIP, prepared: Prepared, ranks: Ranks) -> FeatureCache |
 
     def build() -> FeatureCache:
         return FeatureCache.build_or_open(
-            config.data.data_dir / "features",
+            cache_folder(config),
             model,
             prepared.index,
             prepared.tokenizer,
@@ -328,12 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == 0 and config.evaluate and is_main:
         from .evaluate.run import evaluate_run
 
-        evaluate_run(config.run_dir, device, **_evaluation_cache(config))
+        evaluate_run(config.run_dir, device)
     return status
-
-
-def _evaluation_cache(config: RunConfig) -> dict[str, Any]:
-    return {"cache_dir": config.data.data_dir / "features"} if config.cache_features else {}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The cache of locked towers: same features as the towers, shared between runs, never stale."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from eclip.config import RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.feature_cache import FeatureCache
+from eclip.feature_cache import FeatureCache, _cached
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
 from eclip.presets import PRESETS
@@ -103,6 +104,29 @@ def test_an_interrupted_build_leaves_no_half_cache(
             _open(tmp_path, parts)
     assert list(tmp_path.glob("*.npy")) == []
     assert np.isfinite(_open(tmp_path, parts).images).all()
+
+
+def test_two_runs_at_once_fill_the_cache_once(tmp_path: Path) -> None:
+    """The second waits for the first instead of writing into its file."""
+    path, filling, go_on, calls = tmp_path / "x.npy", threading.Event(), threading.Event(), []
+
+    def fill(out: np.memmap) -> None:
+        calls.append(threading.current_thread().name)
+        filling.set()
+        assert go_on.wait(30)
+        out[:] = 1
+
+    runs = [threading.Thread(target=_cached, args=(path, (2, 3), fill)) for _ in range(2)]
+    runs[0].start()
+    assert filling.wait(30)
+    runs[1].start()
+    runs[1].join(0.5)
+    assert runs[1].is_alive()
+    go_on.set()
+    for run in runs:
+        run.join(30)
+    assert calls == [runs[0].name]
+    assert (np.load(path) == 1).all()
 
 
 def test_an_undecodable_image_is_named_and_a_sibling_stands_in(

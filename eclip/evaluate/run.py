@@ -32,7 +32,7 @@ from eclip.evaluate.grounding import (
 from eclip.evaluate.product_retrieval import product_retrieval
 from eclip.evaluate.report import Overlay, Table, draw_sheet, format_table
 from eclip.evaluate.retrieval import image_text_retrieval
-from eclip.feature_cache import FeatureCache
+from eclip.feature_cache import FeatureCache, cache_folder
 from eclip.model.eclip import ECLIP
 
 NUM_OVERLAYS = 12
@@ -104,7 +104,7 @@ def evaluate_run(
     began = time.monotonic()
     model, config, tokenizer = load_run(run_dir, device)
     if cache_dir is None and config.cache_features:
-        cache_dir = config.data.data_dir / "features"  # where training keeps its own
+        cache_dir = cache_folder(config)
     evaluator = Evaluator(
         model=model,
         config=config,
