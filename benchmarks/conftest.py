@@ -17,28 +17,36 @@
         )
 
 For a backward pass use `bench.backward(function, *inputs)`: a callable that runs forward and backward and returns the
-gradients, `.grad` untouched. `bench(...)` returns what the call returned, so a benchmark may check or note an error:
-keyword arguments it does not know (`error=1e-3`) become columns of the record, and `images=n` adds images/s. One
-`bench(...)` call a test.
+gradients, `.grad` untouched; `bench.backward_alone` runs the forward once and its call is the backward through the
+graph that it left. `bench.saved(function, *inputs)` says what that graph keeps. `bench(...)` returns what the call
+returned, so a benchmark may check or `bench.note` an error: keyword arguments it does not know (`error=1e-3`) become
+columns of the record, and `images=n` adds images/s. One `bench(...)` call a test. Running out of the GPU's memory skips
+the test.
 
 What is measured. On a GPU: device time between two CUDA events around one replay of a CUDA graph of the call (plain
 launches with `graph=False`, for work on the host, or where capture fails; the row says which), the L2 cache
 overwritten before each of `rounds` rounds, after `warmup` calls; peak memory is what one call allocates above its
-inputs. Bandwidth and bf16 matmul rate are measured in the same session, and `share` = (the larger of bytes / bandwidth
-and flops / rate) / median time: 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few
-rounds, small shapes, no roofline: such a row shows that the benchmark runs and nothing else, and says so.
+inputs (and, for a backward alone, above what its forward kept). Bandwidth and bf16 matmul rate are measured in the same
+session: `copy_share` = bytes / time / bandwidth of a copy, and `share` = (the larger of bytes / bandwidth and flops /
+rate) / time, so that 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few rounds,
+small shapes, no roofline: such a row shows that the benchmark runs and nothing else, and says so.
 
-Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python benchmarks/report.py` makes the tables.
+Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python -m benchmarks.report` makes the tables.
 """
 
 import datetime
+import functools
+import gc
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from benchmarks.activations import kept_for_backward
 
 ON_GPU = torch.cuda.is_available()
 CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"
@@ -67,9 +75,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=cuda_clock))
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """Where calls are warmed up and captured. One for all: a backward runs on the stream of its forward."""
+    return torch.cuda.Stream()
+
+
+def _synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def on_side_stream() -> AbstractContextManager[object]:
+    return torch.cuda.stream(side_stream()) if ON_GPU else nullcontext()
+
+
 def capture(call: Callable[[], Any], warmup: int) -> tuple[Callable[[], Any], str]:
     """Warm `call` up and capture it in a CUDA graph. Returns (replay or the call itself, how it is launched)."""
-    stream = torch.cuda.Stream()
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warmup):
@@ -78,10 +101,11 @@ def capture(call: Callable[[], Any], warmup: int) -> tuple[Callable[[], Any], st
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             result = call()
     except RuntimeError as error:
         torch.cuda.synchronize()
+        side_stream.cache_clear()  # what follows starts on a stream that no failed capture has touched
         return call, f"launches (capture failed: {str(error).splitlines()[0][:80]})"
 
     def replay() -> Any:
@@ -137,21 +161,78 @@ class Bench:
         Zeros would flatter: they toggle no wires.
         """
         self._drawn += 1
-        generator = torch.Generator(self.device).manual_seed(self._drawn if seed is None else seed)
-        data = torch.randn(*shape, device=self.device, dtype=torch.float32, generator=generator)
-        return data.to(dtype or self.dtype)
+        return self.draw(*shape, dtype=dtype, seed=self._drawn if seed is None else seed)
 
-    def backward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """A call that runs function(*inputs) forward and backward and returns the gradients of the inputs."""
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-        wanted = [x for x in leaves if x.requires_grad]
-        with torch.no_grad():
-            seed = torch.randn_like(function(*leaves))
+    @classmethod
+    def draw(cls, *shape: int, dtype: torch.dtype | None = None, seed: int) -> Tensor:
+        """`randn` for data that several tests share."""
+        generator = torch.Generator(cls.device).manual_seed(seed)
+        data = torch.randn(shape, device=cls.device, dtype=torch.float32, generator=generator)
+        return data.to(dtype or cls.dtype)
+
+    def backward(
+        self,
+        function: Callable[..., Any],
+        *inputs: Tensor,
+        seeds: Sequence[Tensor] | None = None,
+        also: Sequence[Tensor] = (),
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that runs function(*inputs) forward and backward and returns the gradients of the inputs.
+
+        seeds: gradients of what the function returns, a tensor or a tuple; standard normal by default. also: further
+        leaves that want a gradient, such as parameters.
+        """
+        leaves, wanted = _leaves(inputs, also)
+        if seeds is None:
+            with torch.no_grad():
+                seeds = [self.randn(*x.shape, dtype=x.dtype) for x in _outputs(function(*leaves))]
 
         def call() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(function(*leaves), wanted, seed)
+            return torch.autograd.grad(_outputs(function(*leaves)), wanted, seeds)
 
         return call
+
+    def backward_alone(
+        self, function: Callable[..., Any], *inputs: Tensor, seeds: Sequence[Tensor] | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """`backward` whose call starts from the graph of a forward that has run already, and keeps it.
+
+        Not for functions of torch.compile, whose backward may use up what its forward saved.
+        """
+        leaves, wanted = _leaves(inputs)
+        _synchronize()
+        with on_side_stream():
+            outputs = _outputs(function(*leaves))
+        _synchronize()
+        grads = [self.randn(*x.shape, dtype=x.dtype) for x in outputs] if seeds is None else seeds
+
+        def call() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+        return call
+
+    def saved(
+        self, function: Callable[..., Any], *inputs: Tensor, also: Sequence[Tensor] = (), compiled: bool = False
+    ) -> dict[str, int]:
+        """Columns on what a forward of function(*inputs) leaves in memory.
+
+        saved: bytes that autograd keeps for the backward, inputs and parameters (`also`) apart; not for what
+        torch.compile made, which does not show them. held: on a GPU, by how much the allocator's bytes grew, results
+        included.
+        """
+        leaves, wanted = _leaves(inputs, also)
+        columns = {} if compiled else {"saved": kept_for_backward(lambda: function(*leaves), [*leaves, *wanted])}
+        if ON_GPU:
+            before = torch.cuda.memory_allocated()
+            results = function(*leaves)
+            _synchronize()
+            columns["held"] = torch.cuda.memory_allocated() - before
+            del results
+        return columns
+
+    def note(self, **columns: Any) -> None:
+        """Add columns to the record: what only the call's result told."""
+        self._benchmark.extra_info.update(columns)
 
     def __call__(
         self,
@@ -167,7 +248,7 @@ class Bench:
         warmup: int = 3,
         graph: bool = True,
         images: int | None = None,
-        **columns: float | str,
+        **columns: Any,
     ) -> Any:
         """Time `call` and record a row; returns what the call returned. See the top of this file."""
         info = self._benchmark.extra_info
@@ -205,12 +286,24 @@ class Bench:
         info["seconds"] = seconds
         if bytes:
             info["gb_per_s"] = bytes / seconds / 1e9
+            if self._roofline:
+                info["copy_share"] = bytes / seconds / self._roofline["copy_bytes_per_s"]
         if flops:
             info["tflop_per_s"] = flops / seconds / 1e12
         if self._roofline and (bytes or flops):
             memory = (bytes or 0) / self._roofline["copy_bytes_per_s"]
             compute = (flops or 0) / self._roofline["matmul_flops_per_s"]
             info.update(share=max(memory, compute) / seconds, bound="memory" if memory > compute else "compute")
+
+
+def _leaves(inputs: Sequence[Tensor], also: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+    """Fresh leaves on the inputs' memory, and all that want a gradient."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    return leaves, [*(x for x in leaves if x.requires_grad), *also]
+
+
+def _outputs(result: Any) -> Sequence[Tensor]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 ROOFLINE = pytest.StashKey[dict[str, Any]]()
@@ -231,9 +324,22 @@ def _flush() -> Tensor | None:
 
 
 @pytest.fixture
-def bench(benchmark: Any, roofline: dict[str, float], _flush: Tensor | None) -> Bench:
+def bench(benchmark: Any, roofline: dict[str, float], _flush: Tensor | None) -> Iterator[Bench]:
     """Time one call; see the top of this file."""
-    return Bench(benchmark, roofline, _flush)
+    yield Bench(benchmark, roofline, _flush)
+    if ON_GPU:  # the memory of this test's graph belongs to the next test
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Too large for this GPU is no failure. A new exception: the old one's frames would hold the memory."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        message = str(error).splitlines()[0]
+    pytest.skip(f"out of memory: {message}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

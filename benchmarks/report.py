@@ -1,9 +1,11 @@
 """Turn pytest-benchmark's JSON files into one Markdown page and one JSON file.
 
-    python benchmarks/report.py --out benchmarks/results [--tests tests.xml] a.json b.json ...
+    python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] a.json b.json ...
 
-Writes <device>_<date>.md and .json. A row is one benchmark; `x eager` is the eager reference's median over the row's,
-within one op, shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently.
+Writes <device>_<date>.md and .json. Goals come first (goals.py). A row is one benchmark; `x eager` is the eager
+reference's median over the row's, within one op, shape and dtype. Files that are missing or hold no benchmark are named
+in the page, not skipped silently, and so is every benchmark that failed or was skipped, where pytest also wrote its
+JUnit file beside the JSON (a.xml beside a.json).
 """
 
 import argparse
@@ -13,6 +15,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import goals
 
 Row = dict[str, Any]
 MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")
@@ -26,6 +30,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, fl
     roofline: dict[str, float] = {}
     remarks = []
     for path in paths:
+        remarks += not_measured(path.with_suffix(".xml"))
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -49,6 +54,20 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, fl
     return rows, machine, roofline, remarks
 
 
+def not_measured(junit: Path) -> list[str]:
+    """Benchmarks that failed or were skipped, each with the first line of the reason; equal reasons share a remark."""
+    if not junit.exists():
+        return []
+    names: dict[tuple[str, str], list[str]] = {}
+    for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        for outcome in case:
+            if outcome.tag in ("failure", "error", "skipped"):
+                reason = (outcome.get("message") or "no reason given").splitlines()[0][:200]
+                names.setdefault((outcome.tag, reason), []).append(f"`{case.get('name')}`")
+    words = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    return [f"{junit.stem}: {words[tag]} ({reason}): {', '.join(found)}" for (tag, reason), found in names.items()]
+
+
 def _cell(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(k) for k in ("op", "shape", "dtype"))
 
@@ -63,30 +82,22 @@ COLUMNS = {
     "dtype": lambda r: r.get("dtype", ""),
     "median": lambda r: f"{_time(r['seconds'])} ± {_time(r['iqr'])}",
     "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
+    "must move": lambda r: _bytes(r.get("bytes")),
     "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
+    "of copy": lambda r: f"{r['copy_share']:.0%}" if "copy_share" in r else "",
     "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}" if "tflop_per_s" in r else "",
     "images/s": lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else "",
     "share": lambda r: f"{r['share']:.0%} ({r['bound']})" if "share" in r else "",
-    "peak memory": lambda r: f"{r['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in r else "",
+    "peak memory": lambda r: _bytes(r.get("peak_bytes")),
+    "saved": lambda r: _bytes(r.get("saved")),
+    "held": lambda r: _bytes(r.get("held")),
+    "error": lambda r: f"{r['error']:.1e}" if "error" in r else "",
     "timed as": lambda r: r.get("timing", ""),
 }
 STANDARD = {
-    *(
-        "op",
-        "provider",
-        "shape",
-        "dtype",
-        "bytes",
-        "flops",
-        "device",
-        "timing",
-        "note",
-        "seconds",
-        "iqr",
-        "rounds",
-        "name",
-    ),
-    *("gb_per_s", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
+    *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds"),
+    *("name", "gb_per_s", "copy_share", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
+    *("saved", "held", "error", "errors"),
 }
 
 
@@ -95,6 +106,12 @@ def _time(seconds: float) -> str:
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def _bytes(count: int | None) -> str:
+    if not count:
+        return ""
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.3g} MB"
 
 
 def table(rows: list[Row]) -> str:
@@ -107,26 +124,34 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tests_line(path: Path | None) -> str:
-    """One line on the tests' JUnit file: counts, and the names of those that failed."""
-    if path is None or not path.exists():
+def tests_line(paths: Iterable[Path]) -> str:
+    """One line on the tests' JUnit files, a shard each: counts, and the names of those that failed."""
+    suites = [ElementTree.parse(path).getroot().find("testsuite") if path.exists() else None for path in paths]
+    missing = sum(suite is None for suite in suites)
+    if missing == len(suites):
         return "Tests marked `gpu`: no result (not run, or stopped by the time limit)."
-    suite = ElementTree.parse(path).getroot().find("testsuite")
-    if suite is None:
-        return "Tests marked `gpu`: no result."
-    count = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
-    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
-    bad = [
-        f"`{c.get('classname')}::{c.get('name')}`"
-        for c in suite
-        if c.find("failure") is not None or c.find("error") is not None
-    ]
+    count = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    bad = []
+    for suite in suites:
+        if suite is not None:
+            count = {k: n + int(suite.get(k, 0)) for k, n in count.items()}
+            failing = (c for c in suite if c.find("failure") is not None or c.find("error") is not None)
+            bad += [f"`{c.get('classname')}::{c.get('name')}`" for c in failing]
     failed = count["failures"] + count["errors"]
+    passed = count["tests"] - failed - count["skipped"]
     line = f"Tests marked `gpu`: {passed} passed, {failed} failed, {count['skipped']} skipped."
-    return line + (f" Failed: {', '.join(bad)}." if bad else "")
+    line += f" Failed: {', '.join(bad)}." if bad else ""
+    return line + (f" {missing} of {len(suites)} shards left no result (stopped by the time limit)." if missing else "")
 
 
-def page(rows: list[Row], machine: dict[str, Any], roofline: dict[str, float], remarks: list[str], tests: str) -> str:
+def page(
+    rows: list[Row],
+    machine: dict[str, Any],
+    roofline: dict[str, float],
+    remarks: list[str],
+    tests: str,
+    judged: list[goals.Goal],
+) -> str:
     """The whole Markdown page."""
     device = machine.get("device", "unknown device")
     lines = [f"# {device}, {machine.get('date', 'no date')}", ""]
@@ -135,11 +160,16 @@ def page(rows: list[Row], machine: dict[str, Any], roofline: dict[str, float], r
         f"commit {machine.get('commit')}. {tests}",
         "",
     ]
+    if judged:
+        lines += ["## Goals", "", *goals.table(judged), ""]
+        lines += [goals.CPU_REMARK, ""] if device == "cpu" else []
     if roofline:
         lines += [
             f"Measured in the same sessions: copy {roofline['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul "
-            f"{roofline['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s (dense, random data). `share` is the least time that "
-            "these two allow over the median; `±` is the interquartile range.",
+            f"{roofline['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s (dense, random data). `must move`: bytes that have "
+            "to cross memory; `of copy`: their rate over a copy's; `share`: the least time that these two rates allow "
+            "over the median; `±`: interquartile range; `saved`: what autograd keeps for the backward; `held`: by how "
+            "much a forward's results and graph grow the memory in use.",
             "",
         ]
     else:
@@ -154,16 +184,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("files", nargs="*", type=Path, help="files written by pytest --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder to write to")
-    parser.add_argument("--tests", type=Path, help="JUnit file of the tests marked gpu")
+    parser.add_argument("--tests", nargs="+", type=Path, default=[], help="JUnit files of the tests marked gpu")
     args = parser.parse_args()
     rows, machine, roofline, remarks = read(args.files)
-    text = page(rows, machine, roofline, remarks, tests_line(args.tests))
+    judged = goals.judge(rows, machine.get("device", "cpu"))
+    text = page(rows, machine, roofline, remarks, tests_line(args.tests), judged)
     args.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}")
     (args.out / f"{name}.md").write_text(text)
-    keep = {"machine": machine, "roofline": roofline, "remarks": remarks, "rows": rows}
+    found = [goal._asdict() for goal in judged]
+    keep = {"machine": machine, "roofline": roofline, "goals": found, "remarks": remarks, "rows": rows}
     (args.out / f"{name}.json").write_text(json.dumps(keep, indent=1) + "\n")
-    print(text)
+    print("\n".join([text, "Goals once more:", "", *goals.table(judged)]))
 
 
 if __name__ == "__main__":

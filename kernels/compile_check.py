@@ -44,14 +44,16 @@ class Case:
     name: str
     kernel: Any
     """A function decorated with @triton.jit."""
-    types: Mapping[str, str]
-    """Triton type of every runtime argument: "*bf16", "*fp32", "*u8", "i32", "fp32"..."""
+    types: Mapping[str, str | tuple[str, ...]]
+    """Triton type of every runtime argument: "*bf16", "*fp32", "*u8", "i32", "fp32"...; a tuple argument's types."""
     constants: Mapping[str, Any]
     """Value of every constexpr, and None for pointers that are left out."""
     divisible: tuple[str, ...] = ()
     """Arguments that are multiples of 16 (aligned pointers, strides): Triton vectorises loads by them."""
     options: Mapping[str, int] = field(default_factory=dict)
     """num_warps, num_stages."""
+    generation: int | None = None
+    """Major compute capability that the case is for (8 for sm_80...); None: all."""
     tensor_core: bool = True
     """Whether the kernel must use the tensor cores (an fp32 kernel at full precision cannot)."""
 
@@ -85,7 +87,7 @@ def compile_case(case: Case, arch: int) -> Report:
     signature = {name: case.types.get(name, "constexpr") for name in names}
     unknown = [n for n in names if signature[n] == "constexpr" and n not in case.constants]
     assert not unknown, f"{case.name}: neither type nor constant given for {unknown}"
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    attributes = {path: [["tt.divisibility", 16]] for name in case.divisible for path in _paths(case, name)}
     constants = {name: case.constants[name] for name in names if signature[name] == "constexpr"}
     log = io.StringIO()
     start = time.perf_counter()
@@ -107,6 +109,12 @@ def compile_case(case: Case, arch: int) -> Report:
         tensor={name: len(re.findall(rf"\b{name}\b", code)) for name in TENSOR_CORE},
         seconds=seconds,
     )
+
+
+def _paths(case: Case, name: str) -> list[tuple[int, ...]]:
+    """Where an argument sits: its position, or one (position, i) per member of a tuple."""
+    position, kind = case.kernel.arg_names.index(name), case.types[name]
+    return [(position, i) for i in range(len(kind))] if isinstance(kind, tuple) else [(position,)]
 
 
 def _disassemble(cubin: bytes) -> str:
@@ -164,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = compiled = 0
     for case in all_cases(args.only):
         for arch in args.arch:
+            if case.generation not in (None, arch // 10):
+                continue
             report = compile_within(case, arch, args.timeout)
             compiled += 1
             if isinstance(report, str):

@@ -14,6 +14,7 @@ Two public ops. `slot_attention` takes projected keys and values. `slot_attentio
 weights and never builds keys or values: scores = (q W_key) E^T and out = (W^T E) W_value^T, so that an N x D x D
 product becomes a T x D x D one, and a block saves its T queries for backward instead of N keys and N values. Both run
 on one core op whose forward streams over the tokens: the T x N map reaches device memory only if it is asked for.
+`share_tokens` lets several blocks on the same tokens write one gradient of them instead of one each.
 
 Letters: B images, N tokens, T queries, D channels, H heads, G groups (1: all heads read the same tokens; H: a slice
 each).
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ._launch import KERNEL_DTYPES, accumulate_dtype, autocast_dtype, autocast_off, require, require_alike
 from .slot_attention_core import core
+from .slot_attention_shared import TokenPort, core_into_port, share
 
 Normalize = Literal["mean", "den", "l1max", "sum"]
 NORMALIZERS = ("mean", "den", "l1max", "sum")
@@ -51,7 +53,8 @@ def slot_attention_reference(
     query_bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_map: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """`slot_attention` in plain PyTorch operations; same arguments, shapes and errors, any size."""
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
@@ -81,7 +84,8 @@ def slot_attention_reference(
         if absent is not None:
             weights = weights.masked_fill(absent, 0)
         out = (weights @ values).transpose(1, 2).flatten(2).to(q.dtype)
-    return (out, _public_map(assignment)) if return_map else out
+        entropy = _entropy(assignment) if return_entropy else None
+    return _outputs(out, assignment if return_map else None, entropy)
 
 
 def slot_attention_absorbed_reference(
@@ -98,7 +102,8 @@ def slot_attention_absorbed_reference(
     query_bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_map: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """`slot_attention_absorbed` the long way round: LayerNorm, both projections, then `slot_attention_reference`."""
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
     q, tokens, w_key, w_value = (x.to(autocast_dtype(x)) for x in (q, tokens, w_key, w_value))
@@ -120,9 +125,10 @@ def slot_attention_absorbed_reference(
             query_bias=query_bias,
             query_mask=query_mask,
             return_map=return_map,
+            return_entropy=return_entropy,
         )
     if isinstance(result, tuple):
-        return result[0].to(q.dtype), result[1]
+        return result[0].to(q.dtype), *result[1:]
     return result.to(q.dtype)
 
 
@@ -141,16 +147,19 @@ def slot_attention(
     query_bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_map: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Let queries compete for tokens; return each query's weighted mean of the values.
 
     q: (B, T, D); k, v: (B, N, D); one floating dtype and device (under autocast: cast to its dtype). With `num_heads`
     > 1 the channels split into equal slices that compete separately. `scale` defaults to 1 / sqrt(D / num_heads).
     query_bias: (T,) or (B, T), finite, added to the scores after scaling. query_mask: (B, T) bool, True = present; an
     absent query takes part in nothing and its row is 0.
-    Returns out (B, T, D) in q's dtype or, with `return_map`, (out, map): the softmax over queries A, not W, as
-    (B, T, N), or (B, H, T, N) with several heads, in float32 (float64 for float64 inputs). Differentiable, once, in q,
-    k, v and query_bias, through both outputs. Sums, softmax and eps are fp32 in every half-precision dtype.
+    Returns out (B, T, D) in q's dtype, or a tuple of it and what was asked for, in this order and in float32 (float64
+    for float64 inputs): with `return_map` the softmax over queries A, not W, as (B, T, N), or (B, H, T, N) with several
+    heads; with `return_entropy` the sum over tokens of -sum_t A ln A, as (B, H), in nats, for which no map is written.
+    Differentiable, once, in q, k, v and query_bias, through all of them. Sums, softmax and eps are fp32 in every
+    half-precision dtype.
     Raises ValueError when shapes, dtypes or devices disagree; on a GPU also for T > 64 or D / num_heads > 1024.
     """
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
@@ -159,11 +168,10 @@ def slot_attention(
     _check_kernel_limits(q, q.shape[-1] // num_heads)
     queries, keys, values = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     bias = _core_bias(query_bias, q, num_heads)
-    out, _, assignment = core(
-        queries, keys, values, bias, query_mask, _scale(scale, q, num_heads), normalize, float(eps), None, return_map
-    )
+    options = (_scale(scale, q, num_heads), normalize, float(eps), None, return_map, return_entropy)
+    out, _, assignment, entropy = core(queries, keys, values, bias, query_mask, *options)
     out = out.transpose(1, 2).flatten(2)
-    return (out, _public_map(assignment)) if return_map else out
+    return _outputs(out, assignment if return_map else None, entropy if return_entropy else None)
 
 
 def slot_attention_absorbed(
@@ -180,13 +188,16 @@ def slot_attention_absorbed(
     query_bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_map: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_entropy: bool = False,
+    port: TokenPort | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """`slot_attention(q, tokens @ w_key.T, tokens @ w_value.T)` without ever building the keys or the values.
 
     q: (B, T, D); tokens: (B, N, C), any batch and row stride; w_key, w_value: (D, C) as in `nn.Linear.weight`. A bias
     of the key projection is the `query_bias` scale * (q . bias); one of the value projection has no place here.
-    token_norm: (gamma (C,), beta (C,), eps) folds a LayerNorm of the tokens in. Everything else as in `slot_attention`;
-    gradients reach q, tokens, both weights, gamma, beta and query_bias.
+    token_norm: (gamma (C,), beta (C,), eps) folds a LayerNorm of the tokens in. port: one of `share_tokens`, for tokens
+    that several calls read. Everything else as in `slot_attention`; gradients reach q, tokens, both weights, gamma,
+    beta and query_bias.
     Cheaper than projecting while num_heads is small: T * num_heads < N by far (T=20, N=196: up to 4 heads).
     Source: the associativity of equations 1 and 3 of ECLIP (arXiv 2304.02853).
     """
@@ -195,6 +206,8 @@ def slot_attention_absorbed(
     dtype = q.dtype
     _check_tokens(q, tokens, w_key, w_value, token_norm)
     _check_kernel_limits(q, tokens.shape[-1])
+    if port is not None:
+        _check_port(q, tokens, num_heads, port)
     scale = _scale(scale, q, num_heads)
     bias = _core_bias(query_bias, q, num_heads)
     # (B, H, T, C): queries moved into token space, one set per head. The scale is applied inside, in fp32.
@@ -205,16 +218,41 @@ def slot_attention_absorbed(
         offset = scale * (queries @ beta.to(dtype)).to(accumulate_dtype(dtype))
         bias = offset if bias is None else bias + offset
         queries = queries * gamma.to(dtype)
-    out, mass, assignment = core(
-        queries, tokens[:, None], None, bias, query_mask, scale, normalize, float(eps), norm_eps, return_map
-    )
+    options = (scale, normalize, float(eps), norm_eps, return_map, return_entropy)
+    if port is None:
+        out, mass, assignment, entropy = core(queries, tokens[:, None], None, bias, query_mask, *options)
+    else:
+        out, mass, assignment, entropy = core_into_port(queries, tokens[:, None], bias, query_mask, *options, port)
     values = w_value.unflatten(0, (num_heads, -1))
     if token_norm is not None:
         # sum_n W (unit gamma + beta) = out gamma + kappa beta, kappa = sum_n W.
         kappa = _weight_sum(mass, tokens.shape[1], query_mask, normalize, eps).to(dtype)
         out = out * gamma.to(dtype) + kappa[..., None] * beta.to(dtype)
     out = torch.einsum("bhtc,hdc->bthd", out, values).flatten(2)
-    return (out, _public_map(assignment)) if return_map else out
+    return _outputs(out, assignment if return_map else None, entropy if return_entropy else None)
+
+
+def share_tokens(tokens: Tensor, uses: int, *, num_queries: int, num_heads: int = 1) -> tuple[Tensor, list[TokenPort]]:
+    """Prepare tokens (B, N, C) for `uses` calls of `slot_attention_absorbed`, whose gradient of them is written once.
+
+    Returns the tokens, cut off from the graph (under autocast: cast once, to its dtype), and a `port` for each call:
+
+        tokens, ports = share_tokens(tokens, len(blocks), num_queries=20)
+        for block, port in zip(blocks, ports):
+            slots = slot_attention_absorbed(..., tokens, ..., port=port)
+
+    The gradient of what was passed in comes back through the ports that were used, each for one call: two calls on one
+    port would have a wrong gradient. num_queries, num_heads: those of the calls. Works under activation checkpointing
+    (use_reentrant=False), FSDP2 and torch.compile. Raises ValueError when tokens are not (B, N, C) or a count is not
+    positive.
+    """
+    require(tokens.dim() == 3, f"tokens have shape {tuple(tokens.shape)}; (B, N, C) is needed")
+    require(
+        min(uses, num_queries, num_heads) >= 1,
+        f"uses={uses}, num_queries={num_queries}, num_heads={num_heads}: each must be at least 1",
+    )
+    tokens = tokens.to(autocast_dtype(tokens))
+    return tokens.detach(), share(tokens, uses, num_queries, num_heads)
 
 
 def _weight_sum(mass: Tensor, num_tokens: int, mask: Tensor | None, normalize: str, eps: float) -> Tensor:
@@ -239,8 +277,20 @@ def _core_bias(query_bias: Tensor | None, q: Tensor, num_heads: int) -> Tensor |
     return query_bias.to(accumulate_dtype(q.dtype)).expand(batch, num_queries)[:, None].expand(-1, num_heads, -1)
 
 
-def _public_map(assignment: Tensor) -> Tensor:
-    return assignment[:, 0] if assignment.shape[1] == 1 else assignment
+def _entropy(assignment: Tensor) -> Tensor:
+    # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -ln A - 1 is infinite.
+    logarithm = assignment.clamp_min(torch.finfo(assignment.dtype).tiny).log()
+    return -(assignment * logarithm).sum((-1, -2))
+
+
+def _outputs(out: Tensor, assignment: Tensor | None, entropy: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """What the caller asked for, in the order that `slot_attention` promises."""
+    extras = []
+    if assignment is not None:
+        extras.append(assignment[:, 0] if assignment.shape[1] == 1 else assignment)
+    if entropy is not None:
+        extras.append(entropy)
+    return (out, *extras) if extras else out
 
 
 def _check_arguments(
@@ -294,6 +344,19 @@ def _check_tokens(q: Tensor, tokens: Tensor, w_key: Tensor, w_value: Tensor, tok
                 isinstance(x, Tensor) and tuple(x.shape) == (tokens.shape[2],),
                 f"token_norm's {name} must be a tensor of shape ({tokens.shape[2]},)",
             )
+
+
+def _check_port(q: Tensor, tokens: Tensor, num_heads: int, port: TokenPort) -> None:
+    require(
+        not tokens.requires_grad,
+        "tokens want a gradient of their own beside the one that goes to `port`; pass those that share_tokens returned",
+    )
+    expected = (q.shape[0], num_heads, q.shape[1], tokens.shape[2])
+    require(
+        tuple(port.queries.shape) == expected and port.queries.dtype == q.dtype,
+        f"port is for {port.queries.dtype} queries of shape {tuple(port.queries.shape)} (B, H, T, C) and this call has "
+        f"{q.dtype} of {expected}; give share_tokens the same tokens, num_queries and num_heads",
+    )
 
 
 def _check_kernel_limits(q: Tensor, dim: int) -> None:

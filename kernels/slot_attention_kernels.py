@@ -1,9 +1,13 @@
-"""Triton kernels of slot attention, their launchers and the configurations that are compiled ahead of time.
+"""The Triton forward of slot attention: which kernel runs, over how many programs, and the kernel for every case.
 
-The forward passes over the tokens once. A program holds the outputs of one image and head for a slice of the channels:
-a tile of tokens gives the scores of all T queries, their softmax, and its share of s and A^T v; nothing grows with N.
+A program holds the outputs of one image and head: a tile of tokens gives the scores of all T queries, their softmax,
+and its share of s and A^T v; nothing grows with N. The kernel of slot_attention_one_pass.py does so for half-precision
+tokens that are keys and values, the model's case. The one here takes any input with T <= 64 and D <= 1024, but a slice
+of the channels a program, with the scores computed anew for each. Few images leave most of the GPU idle: their tokens
+then split over several programs, whose sums `_combine_kernel` adds; in a fixed order, so that results repeat.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +18,16 @@ from torch import Tensor
 
 from ._launch import LOG2E, on_device_of
 from .compile_check import Case
+from .slot_attention_one_pass import (
+    _slot_attention_one_pass_fwd_kernel,
+    forward_case,
+    multiply,
+    one_pass_options,
+    over_tokens,
+    softmax_over_queries,
+)
+
+COMBINE_BLOCK = 256  # channels a program of `_combine_kernel`
 
 
 @triton.jit
@@ -26,6 +40,8 @@ def _slot_attention_fwd_kernel(
     out_ptr,
     mass_ptr,
     map_ptr,
+    entropy_ptr,
+    value_sum_ptr,
     q_stride_b,
     q_stride_h,
     q_stride_t,
@@ -39,6 +55,7 @@ def _slot_attention_fwd_kernel(
     heads_per_group,
     num_queries,
     num_tokens,
+    split_tokens,
     dim,
     scale,
     eps,
@@ -48,6 +65,8 @@ def _slot_attention_fwd_kernel(
     HAS_MASK: tl.constexpr,
     HAS_NORM: tl.constexpr,
     STORE_MAP: tl.constexpr,
+    STORE_ENTROPY: tl.constexpr,
+    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for `_combine_kernel`
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,7 +81,8 @@ def _slot_attention_fwd_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    first = tl.program_id(1) == 0
+    leads = tl.program_id(1) == 0  # stores what does not depend on the channels
+    split = tl.program_id(2)
     query_in = t < num_queries
     channel_in = channel < dim
     # Padded and absent queries take no share of the softmax over queries.
@@ -81,9 +101,15 @@ def _slot_attention_fwd_kernel(
     mass = tl.zeros((BLOCK_T,), tl.float32)
     mean_part = tl.zeros((BLOCK_T,), tl.float32)  # sum_n of what the tokens' means contribute to A^T v
     value_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, num_tokens, BLOCK_N):
+    entropy = tl.zeros((BLOCK_N,), tl.float32)  # in bits, without log2 of the totals
+    product = tl.full((1, BLOCK_N), 1.0, tl.float32)
+    exponent = tl.zeros((1, BLOCK_N), tl.float32)
+    map_rows = map_ptr + row * num_queries * num_tokens
+    first = split * split_tokens
+    last = tl.minimum(first + split_tokens, num_tokens)
+    for start in range(first, last, BLOCK_N):
         token = start + n
-        token_in = token < num_tokens
+        token_in = token < last
         k_rows = k_base + token.to(tl.int64)[:, None] * k_stride_n + d[None, :]
         scores = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         query_sum = tl.zeros((BLOCK_T,), tl.float32)
@@ -108,17 +134,15 @@ def _slot_attention_fwd_kernel(
         if HAS_NORM:
             rstd = tl.rsqrt(squares / dim + norm_eps)
             scores = (scores - query_sum[:, None] * mean[None, :]) * rstd[None, :]
-        scores = scores * (scale * LOG2E) + bias[:, None]
-        top = tl.max(scores, 0)
-        top = tl.where(top == float("-inf"), 0.0, top)  # an image without a single query
-        exps = tl.exp2(scores - top[None, :])
-        total = tl.sum(exps, 0)
-        assignment = exps / tl.where(total == 0.0, 1.0, total)[None, :]
+        assignment, terms, total = softmax_over_queries(scores * (scale * LOG2E) + bias[:, None], 0)
         assignment = tl.where(token_in[None, :], assignment, 0.0)
         mass += tl.sum(assignment, 1)
+        if STORE_ENTROPY:
+            entropy -= tl.where(token_in, tl.sum(terms, 0), 0.0)
+            product, exponent = multiply(product, exponent, tl.where(token_in[None, :], total, 1.0))
         if STORE_MAP:
-            map_row = (row * num_queries + t[:, None]) * num_tokens + token[None, :]
-            tl.store(map_ptr + map_row, assignment, mask=(query_in[:, None] & token_in[None, :]) & first)
+            entry = t[:, None] * num_tokens + token[None, :]
+            tl.store(map_rows + entry, assignment, mask=(query_in[:, None] & token_in[None, :]) & leads)
         v_rows = v_base + token.to(tl.int64)[:, None] * v_stride_n + channel[None, :]
         v = tl.load(v_rows, mask=token_in[:, None] & channel_in[None, :], other=0.0)
         if HAS_NORM:
@@ -137,17 +161,58 @@ def _slot_attention_fwd_kernel(
 
     if HAS_NORM:
         out -= mean_part[:, None]
-    # eps, mass and their quotient stay fp32: 1e-8 is 0 in fp16 and a query without tokens would give 0 / 0.
-    if NORMALIZE == "mean":
-        out = (out + eps * value_sum[None, :]) / (mass + num_tokens * eps)[:, None]
-    elif NORMALIZE == "den":
-        out = out / (mass + eps)[:, None]
-    elif NORMALIZE == "l1max":
-        out = out / tl.maximum(mass, eps)[:, None]
-    out = tl.where(present[:, None], out, 0.0)
-    out_row = (row * num_queries + t[:, None]) * dim + channel[None, :]
-    tl.store(out_ptr + out_row, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & channel_in[None, :])
-    tl.store(mass_ptr + row * num_queries + t, mass, mask=query_in & first)
+    part = split * tl.num_programs(0) + row  # row, unless PARTIAL
+    if not PARTIAL:
+        out = over_tokens(out, mass[:, None], value_sum[None, :], num_tokens, eps, NORMALIZE)
+        out = tl.where(present[:, None], out, 0.0)
+    elif NORMALIZE == "mean":
+        tl.store(value_sum_ptr + part * dim + channel, value_sum, mask=channel_in)
+    out_rows = out_ptr + (part * num_queries + t[:, None]) * dim + channel[None, :]
+    tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & channel_in[None, :])
+    tl.store(mass_ptr + part * num_queries + t, mass, mask=query_in & leads)
+    if STORE_ENTROPY:
+        bits = tl.sum(entropy, 0) + tl.sum(tl.sum(tl.log2(product) + exponent, 1), 0)
+        tl.store(entropy_ptr + part, bits / LOG2E, mask=leads)
+
+
+@triton.jit
+def _combine_kernel(
+    sums_ptr,  # A^T v, mass and sum_n v_n of every split; (splits, B * H, T, D), (splits, B * H, T), (splits, B * H, D)
+    masses_ptr,
+    value_sums_ptr,
+    mask_ptr,
+    out_ptr,
+    mass_ptr,
+    splits,
+    num_heads,
+    num_queries,
+    num_tokens,
+    dim,
+    eps,
+    NORMALIZE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)  # (image * num_heads + head) * num_queries + query
+    row = slot // num_queries
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel_in = channel < dim
+    rows = tl.num_programs(0) // num_queries
+    out = tl.zeros((BLOCK_D,), tl.float32)
+    value_sum = tl.zeros((BLOCK_D,), tl.float32)
+    mass = 0.0
+    for split in range(0, splits):
+        part = split * rows
+        mass += tl.load(masses_ptr + part * num_queries + slot)
+        out += tl.load(sums_ptr + (part * num_queries + slot) * dim + channel, mask=channel_in, other=0.0)
+        if NORMALIZE == "mean":
+            value_sum += tl.load(value_sums_ptr + (part + row) * dim + channel, mask=channel_in, other=0.0)
+    out = over_tokens(out, mass, value_sum, num_tokens, eps, NORMALIZE)
+    if HAS_MASK:
+        present = tl.load(mask_ptr + row // num_heads * num_queries + slot % num_queries)
+        out = tl.where(present != 0, out, 0.0)
+    tl.store(out_ptr + slot * dim + channel, out.to(out_ptr.dtype.element_ty), mask=channel_in)
+    tl.store(mass_ptr + slot, mass, mask=tl.program_id(1) == 0)
 
 
 def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: bool, normalize: str) -> dict[str, Any]:
@@ -158,17 +223,38 @@ def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: boo
     full = dtype == torch.float32  # at full precision the tensor cores are out, and operands sit in registers
     extras = norm or normalize == "mean"  # statistics and the plain sum of the values live beside the accumulator
     block_t = max(16, triton.next_power_of_2(num_queries))
-    block_v = min(max(16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
+    block_v = min(max(32 if full else 16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
     narrow = block_v <= 64  # room for more tokens a step
-    return {
+    # Tuned for no spills only: in full precision, 32 channels with the sum of the values beside them are too many.
+    few = block_t == 16 or (normalize == "mean" and not norm)
+    options = {
         "PRECISION": "ieee" if full else "tf32",
         "BLOCK_T": block_t,
         "BLOCK_N": 16 if full else 64 if narrow else 32,
-        "BLOCK_D": min(block_v, block_t if full else 128),
+        "BLOCK_D": min(block_v, 128) if not full else 16 if few else 32,
         "BLOCK_V": block_v,
         "num_warps": 8,
         "num_stages": 2,
     }
+    if full and narrow:
+        options["maxnreg"] = 255  # else ptxas aims at 80 or 128 registers, and spills to get there
+    return options
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many programs run at once on the device of `x`, one each; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may use on the device of `x`; an H100's in the interpreter."""
+    return _shared_memory(x.device.index) if x.is_cuda else 232448
+
+
+@functools.cache
+def _shared_memory(device_index: int) -> int:
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
+    return limit
 
 
 def triton_forward(
@@ -182,47 +268,93 @@ def triton_forward(
     eps: float,
     norm_eps: float | None,
     return_map: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`core` (slot_attention_core.py) on a GPU, or interpreted."""
     batch, heads, num_queries, dim = q.shape
     groups, num_tokens = k.shape[1:3]
-    out = q.new_empty(batch, heads, num_queries, dim)
-    mass = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    map_shape = (batch, heads, num_queries, num_tokens) if return_map else (0,)
-    assignment = q.new_empty(map_shape, dtype=torch.float32)
-    if batch == 0:
-        return out, mass, assignment
-    q, k = _unit_stride(q), _unit_stride(k)
-    values = k if v is None else _unit_stride(v)
-    options = _launch_options(num_queries, dim, q.dtype, norm=norm_eps is not None, normalize=normalize)
-    with on_device_of(q):
-        _slot_attention_fwd_kernel[(batch * heads, triton.cdiv(dim, options["BLOCK_V"]))](
-            q,
-            k,
-            values,
-            bias if bias is None else bias.contiguous(),
-            mask if mask is None else mask.contiguous().view(torch.uint8),
-            out,
-            mass,
-            assignment,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *values.stride()[:3],
-            heads,
-            heads // groups,
-            num_queries,
-            num_tokens,
-            dim,
-            scale,
-            eps,
-            norm_eps or 0.0,
-            NORMALIZE=normalize,
-            HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None,
-            HAS_NORM=norm_eps is not None,
-            STORE_MAP=return_map,
-            **options,
+    norm = norm_eps is not None
+    one_pass = None
+    if v is None:
+        one_pass = one_pass_options(
+            num_queries, dim, q.dtype, normalize=normalize, norm=norm, return_map=return_map, limit=shared_memory(q)
         )
-    return out, mass, assignment
+    options = one_pass or _launch_options(num_queries, dim, q.dtype, norm=norm, normalize=normalize)
+    slices = 1 if one_pass else triton.cdiv(dim, options["BLOCK_V"])
+    splits, split_tokens = _splits(q, batch * heads * slices, num_tokens, options["BLOCK_N"])
+    partial = splits > 1
+
+    def empty(*shape: int, wanted: bool = True) -> Tensor:
+        return q.new_empty(shape if wanted else 0, dtype=torch.float32)
+
+    out = q.new_empty(batch, heads, num_queries, dim)
+    assignment = empty(batch, heads, num_queries, num_tokens, wanted=return_map)
+    mass = empty(splits, batch, heads, num_queries)
+    entropy = empty(splits, batch, heads, wanted=return_entropy)
+    sums = empty(splits, batch, heads, num_queries, dim) if partial else out
+    value_sum = empty(splits, batch, heads, dim) if partial and normalize == "mean" else None
+    if batch == 0:
+        return out, mass[0], assignment, entropy[0] if return_entropy else entropy
+    q, k, values = _unit_stride(q), _unit_stride(k), _unit_stride(k if v is None else v)
+    bias = bias if bias is None else bias.contiguous()
+    mask = mask if mask is None else mask.contiguous().view(torch.uint8)
+    outputs = (sums, mass, assignment, entropy, value_sum)
+    strides = (*q.stride()[:3], *k.stride()[:3])
+    numbers = (heads, heads // groups, num_queries, num_tokens, split_tokens, dim, scale, eps, norm_eps or 0.0)
+    flags = {
+        "NORMALIZE": normalize,
+        "HAS_BIAS": bias is not None,
+        "HAS_MASK": mask is not None,
+        "HAS_NORM": norm,
+        "STORE_MAP": return_map,
+        "STORE_ENTROPY": return_entropy,
+        "PARTIAL": partial,
+    }
+    with on_device_of(q):
+        if one_pass:
+            query_sum = q.sum(-1, dtype=torch.float32).contiguous() if norm else None
+            _slot_attention_one_pass_fwd_kernel[(batch * heads, splits)](
+                q, k, bias, mask, query_sum, *outputs, *strides, *numbers, **flags, **options
+            )
+        else:
+            strides += values.stride()[:3]
+            _slot_attention_fwd_kernel[(batch * heads, slices, splits)](
+                q, k, values, bias, mask, *outputs, *strides, *numbers, **flags, **options
+            )
+        if partial:
+            mass = _combine(sums, mass, value_sum, mask, out, num_tokens, normalize, eps)
+            entropy = entropy.sum(0, keepdim=True) if return_entropy else entropy
+    return out, mass[0], assignment, entropy[0] if return_entropy else entropy
+
+
+def _splits(q: Tensor, programs: int, num_tokens: int, block_n: int) -> tuple[int, int]:
+    """Over how many programs an image's tokens split, and how many tokens each takes: one wave, if it is not full."""
+    tiles = triton.cdiv(num_tokens, block_n)
+    split_tiles = triton.cdiv(tiles, max(1, multiprocessors(q) // max(1, programs)))
+    return triton.cdiv(tiles, split_tiles), split_tiles * block_n
+
+
+def _combine(
+    sums: Tensor,
+    masses: Tensor,
+    value_sum: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    num_tokens: int,
+    normalize: str,
+    eps: float,
+) -> Tensor:
+    """Add the splits' sums, normalise them into `out`; the mass, (1, B, H, T)."""
+    splits, batch, heads, num_queries, dim = sums.shape
+    mass = torch.empty_like(masses[:1])
+    _combine_kernel[(batch * heads * num_queries, triton.cdiv(dim, COMBINE_BLOCK))](
+        *(sums, masses, value_sum, mask, out, mass),
+        *(splits, heads, num_queries, num_tokens, dim, eps),
+        NORMALIZE=normalize,
+        HAS_MASK=mask is not None,
+        BLOCK_D=COMBINE_BLOCK,
+    )
+    return mass
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -231,44 +363,30 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: what the decoder uses, and corners of the allowed shapes."""
+    """The configurations that `compile_check` compiles: separate keys and values, and corners of the shapes."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dtype, num_queries, dim, norm, optional in (
         (bf16, 20, 768, False, False),
-        (bf16, 20, 768, True, False),
-        (bf16, 20, 768, True, True),
-        (fp16, 20, 384, False, True),
+        (bf16, 20, 768, False, True),
         (bf16, 20, 64, False, True),
+        (fp16, 20, 384, False, True),
         (bf16, 1, 16, True, True),
         (bf16, 64, 1024, True, True),
         (fp32, 20, 768, True, True),
         (fp32, 64, 1024, True, True),
     ):
-        yield _compile_case(dtype, num_queries, dim, norm=norm, optional=optional)
-
-
-def _compile_case(dtype: torch.dtype, num_queries: int, dim: int, *, norm: bool, optional: bool) -> Case:
-    """`optional`: with bias, mask, exported map and the normaliser that needs most registers."""
-    normalize = "mean" if optional else "den"
-    options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize)
-    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), element)
-    pointers |= {"mass_ptr": "*fp32", "map_ptr": "*fp32"}
-    if optional:
-        pointers |= {"bias_ptr": "*fp32", "mask_ptr": "*u8"}
-    strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bht"), ("k", "bgn"), ("v", "bgn")) for axis in axes]
-    counts = ("num_heads", "heads_per_group", "num_queries", "num_tokens", "dim")
-    integers = dict.fromkeys((*strides, *counts), "i32")
-    floats = dict.fromkeys(("scale", "eps", "norm_eps"), "fp32")
-    name = f"slot_attention fwd {str(dtype).removeprefix('torch.')} T={num_queries} D={dim}"
-    return Case(
-        name=name + (" norm" if norm else "") + (" mean bias mask map" if optional else ""),
-        kernel=_slot_attention_fwd_kernel,
-        types=pointers | integers | floats,
-        constants={"bias_ptr": None, "mask_ptr": None, "NORMALIZE": normalize, "HAS_NORM": norm}
-        | dict.fromkeys(("HAS_BIAS", "HAS_MASK", "STORE_MAP"), optional)
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=(*pointers, *strides, "dim"),
-        options={key: options[key] for key in ("num_warps", "num_stages")},
-        tensor_core=dtype != torch.float32,
+        normalize = "mean" if optional else "den"
+        options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize)
+        kernel = _slot_attention_fwd_kernel
+        yield forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional)
+    yield Case(
+        name="slot_attention fwd combine",
+        kernel=_combine_kernel,
+        types=dict.fromkeys(("sums_ptr", "masses_ptr", "value_sums_ptr", "mass_ptr"), "*fp32")
+        | {"out_ptr": "*bf16", "mask_ptr": "*u8", "eps": "fp32"}
+        | dict.fromkeys(("splits", "num_heads", "num_queries", "num_tokens", "dim"), "i32"),
+        constants={"NORMALIZE": "mean", "HAS_MASK": True, "BLOCK_D": COMBINE_BLOCK},
+        divisible=("sums_ptr", "masses_ptr", "value_sums_ptr", "out_ptr", "mass_ptr", "dim"),
+        options={"num_warps": 4, "num_stages": 3},
+        tensor_core=False,
     )

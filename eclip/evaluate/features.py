@@ -200,9 +200,10 @@ def _embed(model: ECLIP, tower: Tensor, text: Tensor, trained: bool) -> dict[str
     }
     if trained:
         by_image = model.decode_queries(image.tokens, model.instance_queries(image.cls, IMAGE_PROMPT))
-        by_text = model.decode_queries(image.tokens, model.instance_queries(text, TEXT_PROMPT))
+        by_text = model.decode_queries(image.tokens, model.instance_queries(text, TEXT_PROMPT), return_map=True)
         # Slot 0 is the positive query.
         found["instance_image"] = F.normalize(by_image.slots[:, 0], dim=-1)
         found["instance_text"] = F.normalize(by_text.slots[:, 0], dim=-1)
+        assert by_text.assignment is not None
         found["instance_map"] = by_text.assignment[:, 0]
     return found

@@ -78,13 +78,16 @@ class ECLIP(nn.Module):
         """Ragged texts to (n, D), not normalised."""
         return self.project_text(self.text_tower(tokens, cu_seqlens))
 
-    def decode(self, tokens: Tensor, prompts: Tensor, modality: Tensor) -> DecoderOutput:
-        """tokens: (B, N, D); prompts: (B, T, D), any length; modality: (B, T) int64, 0 text, 1 image."""
-        return self.decode_queries(tokens, self.queries(prompts, modality))
+    def decode(self, tokens: Tensor, prompts: Tensor, modality: Tensor, *, return_map: bool = False) -> DecoderOutput:
+        """tokens: (B, N, D); prompts: (B, T, D), any length; modality: (B, T) int64, 0 text, 1 image.
 
-    def decode_queries(self, tokens: Tensor, queries: Tensor) -> DecoderOutput:
+        return_map: also export the assignment of tokens to queries.
+        """
+        return self.decode_queries(tokens, self.queries(prompts, modality), return_map=return_map)
+
+    def decode_queries(self, tokens: Tensor, queries: Tensor, *, return_map: bool = False) -> DecoderOutput:
         """`decode` with finished queries (B, T, D), e.g. from `instance_queries`."""
-        return self.instance_decoder(tokens, queries)
+        return self.instance_decoder(tokens, queries, return_map=return_map)
 
     def instance_queries(self, prompt: Tensor, modality: int, *, seed: int = 0) -> Tensor:
         """Queries for inference, (B, T, D): `prompt` (B, D), of one modality (0 text, 1 image), at index 0.

@@ -7,7 +7,8 @@
     H    = norm(H + W_o dH), then self-attention among the queries and an FFN of width 4D, each with add & norm
 
 Q is added again at every block but enters through M alone, so the output slots hold nothing but image content. M, A and
-dH are one call of `slot_attention_absorbed`, which never builds Z W_z or Z W_v.
+dH are one call of `slot_attention_absorbed`, which never builds Z W_z or Z W_v, and the gradient of Z is written once
+for all blocks.
 
 Where the paper is silent, this is what we chose:
 - Prompts are scaled to length sqrt(D), that of a standard normal vector: the outputs of g_T and g_I grow freely in
@@ -19,13 +20,20 @@ Letters: B images, N patch tokens, T queries, D width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eclip.config import ModelConfig
-from eclip.kernels.slot_attention import slot_attention_absorbed, slot_attention_absorbed_reference
+from eclip.kernels.slot_attention import (
+    TokenPort,
+    share_tokens,
+    slot_attention,
+    slot_attention_absorbed,
+    slot_attention_absorbed_reference,
+)
 from eclip.model.transformer import PostNormBlock, init_transformer
 
 DECODER_EPS = 1e-6
@@ -41,8 +49,9 @@ class DecoderOutput:
     """(B, T, D) H^L: instance features, not normalised."""
     entropy: Tensor
     """Scalar float32, L_R: -sum_t A log A, mean over tokens, blocks and images. log T at most."""
-    assignment: Tensor
-    """(B, T, N) float32, detached: A of the last block (mean of slot heads), the share of token n taken by query t."""
+    assignment: Tensor | None
+    """(B, T, N) float32, detached: A of the last block (mean of slot heads), the share of token n taken by query t.
+    None unless asked for."""
 
 
 class InstanceQueries(nn.Module):
@@ -94,21 +103,36 @@ class InstanceBlock(nn.Module):
         for last in (self.among_queries.attn.proj, self.among_queries.mlp.fc2):
             last.weight.mul_(0.1)
 
-    def forward(self, slots: Tensor, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """slots, queries: (B, T, D); tokens: (B, N, D). Returns the next slots and A (B, T, N) or (B, H, T, N)."""
-        attend = slot_attention_absorbed_reference if self.config.kernels == "reference" else slot_attention_absorbed
-        update, assignment = attend(
+    def forward(
+        self, slots: Tensor, queries: Tensor, tokens: Tensor, port: TokenPort | None = None, return_map: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """slots, queries: (B, T, D); tokens: (B, N, D), and where their gradient goes if not to them (`share_tokens`).
+
+        Returns the next slots, the entropy of A as (B, H), summed over tokens, and A (B, H, T, N) if asked for.
+        """
+        update, *assignment, entropy = self._attend(
             self.w_query(queries + slots),
             tokens,
-            self.w_key.weight,
-            self.w_value.weight,
+            port,
             num_heads=self.config.slot_heads,
             normalize=self.config.normalize,
             eps=self.config.slot_eps,
-            return_map=True,
+            return_map=return_map,
+            return_entropy=True,
         )
-        slots = self.norm(slots + self.w_out(update))
-        return self.among_queries(slots), assignment
+        slots = self.among_queries(self.norm(slots + self.w_out(update)))
+        return slots, entropy, assignment[0] if return_map else None
+
+    def _attend(self, queries: Tensor, tokens: Tensor, port: TokenPort | None, **options: Any) -> tuple[Tensor, ...]:
+        weights = self.w_key.weight, self.w_value.weight
+        if self.config.kernels == "reference":
+            found = slot_attention_absorbed_reference(queries, tokens, *weights, **options)
+        elif self.config.absorbs_projections:
+            found = slot_attention_absorbed(queries, tokens, *weights, port=port, **options)
+        else:
+            found = slot_attention(queries, self.w_key(tokens), self.w_value(tokens), **options)
+        assert isinstance(found, tuple)
+        return found
 
 
 class InstanceDecoder(nn.Module):
@@ -118,23 +142,28 @@ class InstanceDecoder(nn.Module):
         super().__init__()
         if config.decoder_depth < 1:
             raise ValueError(f"decoder_depth={config.decoder_depth}: the instance decoder needs at least one block")
+        self.config = config
         self.token_norm = nn.LayerNorm(config.embed_dim, eps=DECODER_EPS) if config.token_norm else nn.Identity()
         self.blocks = nn.ModuleList(InstanceBlock(config) for _ in range(config.decoder_depth))
 
-    def forward(self, tokens: Tensor, queries: Tensor) -> DecoderOutput:
-        """tokens: (B, N, D) projected patch tokens without CLS; queries: (B, T, D). Source: equations 1-5."""
-        tokens = self.token_norm(tokens)
-        slots = assignment = torch.zeros_like(queries)
+    def forward(self, tokens: Tensor, queries: Tensor, *, return_map: bool = False) -> DecoderOutput:
+        """tokens: (B, N, D) projected patch tokens without CLS; queries: (B, T, D). Source: equations 1-5.
+
+        return_map: fill `assignment` too, which costs a (B, T, N) tensor.
+        """
+        tokens, ports = self._share(self.token_norm(tokens), queries.shape[1])
+        slots, assignment = torch.zeros_like(queries), None
         entropies = []
-        for block in self.blocks:
-            slots, assignment = block(slots, queries, tokens)
-            entropies.append(assignment_entropy(assignment))
-        last = assignment.detach().float()
-        return DecoderOutput(slots, torch.stack(entropies).mean(), last if last.ndim == 3 else last.mean(dim=1))
+        for block, port in zip(self.blocks, ports, strict=True):
+            wanted = return_map and block is self.blocks[-1]
+            slots, entropy, assignment = block(slots, queries, tokens, port, wanted)
+            entropies.append(entropy.float().mean() / tokens.shape[1])
+        if assignment is not None:
+            assignment = assignment.detach().float()
+            assignment = assignment if assignment.ndim == 3 else assignment.mean(dim=1)
+        return DecoderOutput(slots, torch.stack(entropies).mean(), assignment)
 
-
-def assignment_entropy(assignment: Tensor) -> Tensor:
-    """A (..., T, N), a softmax over T, to the mean over everything else of -sum_t A log A; float32 scalar, in nats."""
-    share = assignment.float()
-    # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -log A - 1 is infinite.
-    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(dim=-2).mean()
+    def _share(self, tokens: Tensor, num_queries: int) -> tuple[Tensor, list[TokenPort] | list[None]]:
+        if self.config.kernels == "reference" or not self.config.absorbs_projections:
+            return tokens, [None] * len(self.blocks)
+        return share_tokens(tokens, len(self.blocks), num_queries=num_queries, num_heads=self.config.slot_heads)

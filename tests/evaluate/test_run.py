@@ -119,7 +119,9 @@ class Colours(torch.nn.Module):
     def instance_queries(self, prompt: torch.Tensor, modality: int) -> torch.Tensor:
         return torch.stack([prompt, -prompt, torch.zeros_like(prompt)], dim=1)
 
-    def decode_queries(self, tokens: torch.Tensor, queries: torch.Tensor) -> SimpleNamespace:
+    def decode_queries(
+        self, tokens: torch.Tensor, queries: torch.Tensor, *, return_map: bool = False
+    ) -> SimpleNamespace:
         logits = torch.einsum("btd,bnd->btn", queries, tokens)
         logits[:, 0] -= 2  # a colour's product with itself is 3, with its neighbours on the cube 1
         assignment = (8 * logits).softmax(1)

@@ -1,5 +1,6 @@
 """Slot attention against float64, against loops over the paper's equations, and on every path (see conftest.py)."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from eclip.kernels import slot_attention_core as module
 from eclip.kernels.slot_attention import (
     NORMALIZERS,
+    share_tokens,
     slot_attention,
     slot_attention_absorbed,
     slot_attention_absorbed_reference,
@@ -73,7 +78,7 @@ def equations(q: Tensor, k: Tensor, v: Tensor, heads: int, normalize: str, eps: 
 
 def eager(
     q: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 1, normalize: str = "den", **_: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What one writes in PyTorch without care for precision: matmuls in the inputs' dtype, softmax in float32."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     assignment = (q @ k.mT / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32)).softmax(-2)
@@ -85,12 +90,13 @@ def eager(
         "sum": lambda: assignment,
     }[normalize]()
     out = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    return out, assignment[:, 0] if num_heads == 1 else assignment
+    entropy = -(assignment * assignment.clamp_min(1e-38).log()).sum((-1, -2))
+    return out, assignment[:, 0] if num_heads == 1 else assignment, entropy
 
 
 def eager_absorbed(
     q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if norm:
         x = F.layer_norm(x, x.shape[-1:], *norm)
     return eager(q, x @ w_key.mT, x @ w_value.mT, **options)
@@ -107,13 +113,13 @@ def ours_absorbed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
-    """Output, map and the gradient of every input, for fixed random gradients of both outputs."""
+    """Output, map, entropy and the gradient of every input, for fixed random gradients of all three."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out, assignment = function(*leaves, return_map=True, **options)
-    grad_out, grad_map = randn(tuple(out.shape), tuple(assignment.shape), seed=7)
-    seeds = (grad_out.to(out), grad_map.to(assignment))
-    gradients = torch.autograd.grad((out, assignment), leaves, seeds)
-    return {"out": out, "map": assignment} | {f"gradient {i}": g for i, g in enumerate(gradients)}
+    outputs = function(*leaves, return_map=True, return_entropy=True, **options)
+    seeds = [g.to(x) for g, x in zip(randn(*(tuple(x.shape) for x in outputs), seed=7), outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, leaves, seeds)
+    found = dict(zip(("out", "map", "entropy"), outputs, strict=True))
+    return found | {f"gradient {i}": g for i, g in enumerate(gradients)}
 
 
 def check(
@@ -143,9 +149,12 @@ def test_equations(normalize: str, heads: int) -> None:
     q, k, v = kv_inputs(2, 3, 5, 4)
     out, assignment = equations(q, k, v, heads, normalize, 1e-2)
     for function in (slot_attention_reference, slot_attention):
-        ours, ours_map = function(q, k, v, num_heads=heads, normalize=normalize, eps=1e-2, return_map=True)
+        ours, ours_map, entropy = function(
+            q, k, v, num_heads=heads, normalize=normalize, eps=1e-2, return_map=True, return_entropy=True
+        )
         torch.testing.assert_close(ours, out)
         torch.testing.assert_close(ours_map, assignment[:, 0] if heads == 1 else assignment)
+        torch.testing.assert_close(entropy, -(assignment * assignment.log()).sum((-1, -2)))
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -193,7 +202,9 @@ def test_gradcheck() -> None:
     (bias,) = (x.requires_grad_() for x in randn((3,)))
     for normalize in NORMALIZERS:
         assert torch.autograd.gradcheck(
-            lambda *x, m=normalize: slot_attention(*x[:3], query_bias=x[3], normalize=m, eps=0.1, return_map=True),
+            lambda *x, m=normalize: slot_attention(
+                *x[:3], query_bias=x[3], normalize=m, eps=0.1, return_map=True, return_entropy=True
+            ),
             (q, k, v, bias),
         )
 
@@ -216,6 +227,66 @@ def test_odd_shapes(path: torch.device, batch: int, queries: int, tokens: int, d
     check(path, slot_attention, eager, kv_inputs(batch, queries, tokens, dim), num_heads=heads)
     inputs = absorbed_inputs(batch, queries, tokens, dim, dim + 8)
     check(path, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, num_heads=heads)
+
+
+# The interpreter takes a second for the larger of these, so it gets SHAPES above alone.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("heads", [1, 3, 12])
+@pytest.mark.parametrize("tokens", [1, 49, 196, 197])
+@pytest.mark.parametrize("queries", [1, 7, 16, 20, 32, 64])
+def test_every_shape(device: str, queries: int, tokens: int, heads: int) -> None:
+    check(torch.device(device), slot_attention, eager, kv_inputs(2, queries, tokens, 48), num_heads=heads)
+    inputs = absorbed_inputs(2, queries, tokens, 24, 48)
+    check(torch.device(device), ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, num_heads=heads)
+
+
+@given(
+    batch=st.integers(0, 3),
+    queries=st.integers(1, 70),
+    tokens=st.integers(1, 40),
+    heads=st.sampled_from([1, 2, 3]),
+    width=st.integers(1, 9),
+    channels=st.integers(1, 20),
+    normalize=st.sampled_from(NORMALIZERS),
+    norm=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_shape(
+    batch: int, queries: int, tokens: int, heads: int, width: int, channels: int, normalize: str, norm: bool
+) -> None:
+    """Of the PyTorch implementation, to rounding: both forms, every output, every gradient."""
+    inputs = kv_inputs(batch, queries, tokens, heads * width)
+    absorbed = absorbed_inputs(batch, queries, tokens, heads * width, channels)[: 6 if norm else 4]
+    for ours, reference, given_inputs in (
+        (slot_attention, slot_attention_reference, inputs),
+        (ours_absorbed(slot_attention_absorbed), ours_absorbed(slot_attention_absorbed_reference), absorbed),
+    ):
+        options = {"num_heads": heads, "normalize": normalize, "eps": 1e-3}
+        expected = outputs_and_gradients(reference, given_inputs, **options)
+        for name, value in outputs_and_gradients(ours, given_inputs, **options).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 64),
+    tokens=st.integers(1, 70),
+    heads=st.sampled_from([1, 2]),
+    width=st.integers(1, 4),
+    normalize=st.sampled_from(NORMALIZERS),
+    norm=st.booleans(),
+)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_interpreted(
+    interpreter: torch.device, batch: int, queries: int, tokens: int, heads: int, width: int, normalize: str, norm: bool
+) -> None:
+    dim = 8 * heads * width
+    check(
+        interpreter, slot_attention, eager, kv_inputs(batch, queries, tokens, dim), num_heads=heads, normalize=normalize
+    )
+    inputs = absorbed_inputs(batch, queries, tokens, dim, 8 * width)[: 6 if norm else 4]
+    absorbed = ours_absorbed(slot_attention_absorbed)
+    check(interpreter, absorbed, eager_absorbed, inputs, num_heads=heads, normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -249,11 +320,14 @@ def test_dead_query(path: torch.device, normalize: str, dtype: torch.dtype) -> N
     """A query that wins nothing: no 0 / 0 (1e-8 is 0 in fp16), and `mean` gives it the mean of the values."""
     q, k, v = (x.to(path, dtype).requires_grad_() for x in kv_inputs(2, 4, 9, 16))
     bias = torch.tensor([0.0, -1e4, 0.0, 0.0], device=path)
-    out, assignment = slot_attention(q, k, v, query_bias=bias, normalize=normalize, eps=1e-8, return_map=True)
+    out, assignment, entropy = slot_attention(
+        q, k, v, query_bias=bias, normalize=normalize, eps=1e-8, return_map=True, return_entropy=True
+    )
     assert not assignment[:, 1].any()
+    assert isinstance(entropy, Tensor) and entropy.isfinite().all()
     expected = v.mean(1) if normalize == "mean" else torch.zeros_like(out[:, 1])
     torch.testing.assert_close(out[:, 1], expected, atol=2e-3 if dtype == torch.float16 else 1e-6, rtol=0)
-    gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    gradients = torch.autograd.grad(out.float().square().sum() + entropy.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in gradients)
 
 
@@ -261,10 +335,12 @@ def test_dead_query(path: torch.device, normalize: str, dtype: torch.dtype) -> N
 def test_absent_queries_change_nothing(path: torch.device, normalize: str) -> None:
     q, k, v = (x.to(path, torch.float32) for x in kv_inputs(2, 5, 9, 16))
     mask = torch.tensor([[True, False, True, True, False], [False] * 5], device=path)
-    out, assignment = slot_attention(q, k, v, query_mask=mask, normalize=normalize, return_map=True)
-    alone, alone_map = slot_attention(q[:1, mask[0]], k[:1], v[:1], normalize=normalize, return_map=True)
+    asked: dict[str, Any] = {"normalize": normalize, "return_map": True, "return_entropy": True}
+    out, assignment, entropy = slot_attention(q, k, v, query_mask=mask, **asked)
+    alone, alone_map, alone_entropy = slot_attention(q[:1, mask[0]], k[:1], v[:1], **asked)
     torch.testing.assert_close(out[:1, mask[0]], alone)
     torch.testing.assert_close(assignment[:1, mask[0]], alone_map)
+    torch.testing.assert_close(entropy, torch.cat([alone_entropy, torch.zeros_like(alone_entropy)]))
     assert not out[~mask].any() and not assignment[~mask].any()
 
 
@@ -322,8 +398,8 @@ def test_inputs_are_not_written(path: torch.device) -> None:
 def test_gradients_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen tokens cost no token gradient."""
     asked = []
-    plain = module._plain_backward
-    monkeypatch.setattr(module, "_plain_backward", lambda *a: (asked.append(a[-1]), plain(*a))[1])
+    plain = module.plain_backward
+    monkeypatch.setattr(module, "plain_backward", lambda *a: (asked.append(a[-1]), plain(*a))[1])
     q, x, w_key, w_value, *_ = absorbed_inputs(2, 3, 5, 8, 8)
     w_key.requires_grad_()
     torch.autograd.grad(slot_attention_absorbed(q, x, w_key, w_value).sum(), w_key)
@@ -334,33 +410,37 @@ def test_gradients_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["keys and values", "absorbed"])
-@pytest.mark.parametrize("return_map", [False, True])
-def test_opcheck(form: str, return_map: bool) -> None:
+@pytest.mark.parametrize("extras", [False, True])
+def test_opcheck(form: str, extras: bool) -> None:
     q, k, v = (x.float().view(2, -1, 3, 8).transpose(1, 2).requires_grad_() for x in kv_inputs(2, 4, 6, 24))
     bias = torch.randn(2, 3, 4, requires_grad=True)
     mask = torch.tensor([[True] * 4, [True, False] * 2])
     options = (0.5, "mean", EPS)
     if form == "absorbed":
-        args = (q, k[:, :1], None, None, None, *options, 1e-5, return_map)
+        args = (q, k[:, :1], None, None, None, *options, 1e-5, extras, extras)
     else:
-        args = (q, k, v, bias, mask, *options, None, return_map)
+        args = (q, k, v, bias, mask, *options, None, extras, extras)
     torch.library.opcheck(module.core, args)
-    mass = module.core(*args)[1].detach()
-    grad_map = torch.randn(2, 3, 4, 6) if return_map else None
+    out, mass, *_ = (x.detach() for x in module.core(*args))
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]
-    backward = (torch.randn_like(q), None, grad_map, *tensors, mass, *args[5:9], return_map)
-    torch.library.opcheck(module.core_backward, backward)
+    grad_out = torch.randn_like(out)
+    grads = [torch.randn(shape) if extras else None for shape in ((2, 3, 4, 6), (2, 3))]
+    backward = (grad_out, None, *grads, *tensors, mass, out, *args[5:9])
+    for token_grad in (False, True):
+        torch.library.opcheck(module.core_backward, (*backward, token_grad))
+    *_, coefficients, affine = module.core_backward(*backward, True)
+    affines = [affine, affine] if form == "absorbed" else []
+    factors = ([coefficients] * 2, [tensors[0]] * 2, [grad_out] * 2, affines, tensors[1])
+    torch.library.opcheck(module.token_gradients, (*factors, "both" if form == "absorbed" else "queries"))
 
 
 def test_compiles_without_graph_breaks(path: torch.device) -> None:
     inputs = [x.to(path, torch.float32) for x in absorbed_inputs(2, 4, 7, 16, 16)]
 
-    def block(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, return_map: bool) -> Any:
+    def block(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **asked: bool) -> Any:
         tokens = x[:, 1:]
-        out, assignment = slot_attention_absorbed(
-            q, tokens, w_key, w_value, token_norm=(norm[0], norm[1], 1e-5), return_map=return_map
-        )
-        return slot_attention(out, tokens, tokens, num_heads=2), assignment
+        out, *extras = slot_attention_absorbed(q, tokens, w_key, w_value, token_norm=(norm[0], norm[1], 1e-5), **asked)
+        return slot_attention(out, tokens, tokens, num_heads=2), *extras
 
     expected = outputs_and_gradients(block, inputs)
     torch._dynamo.reset()
@@ -369,13 +449,100 @@ def test_compiles_without_graph_breaks(path: torch.device) -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+# --- Tokens that several calls share ----------------------------------------------------------------------------------
+
+
+def chain(
+    q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, shared: bool, recompute: bool = False, **o: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three calls on the same tokens, the second without LayerNorm; the last map, the sum of entropies."""
+    tokens, ports = x, [None] * 3
+    if shared:
+        tokens, ports = share_tokens(x, 4, num_queries=q.shape[1], num_heads=o.get("num_heads", 1))  # the last unused
+    total: Any = 0
+
+    def attend(q: Tensor, token_norm: Any, port: Any) -> Any:
+        return slot_attention_absorbed(q, tokens, w_key, w_value, token_norm=token_norm, port=port, **o)
+
+    for i, port in zip(range(3), ports, strict=False):
+        token_norm = (*norm, 1e-5) if norm and i != 1 else None
+        run = functools.partial(checkpoint, attend, use_reentrant=False) if recompute else attend
+        out, assignment, entropy = run(q, token_norm, port)
+        q, total = q + out, total + entropy
+    return q, assignment, total
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("how", ["eager", "recompute", "compile"])
+def test_shared_tokens_get_the_sum_of_all_gradients(how: str, norm: bool, heads: int) -> None:
+    """The factors, multiplied out at the end, against autograd's own addition; in float64, to rounding."""
+    inputs = absorbed_inputs(2, 4, 7, 16, 12)[: 6 if norm else 4]
+    expected = outputs_and_gradients(functools.partial(chain, shared=False), inputs, num_heads=heads)
+    run = functools.partial(chain, shared=True, recompute=how == "recompute")
+    if how == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for name, value in outputs_and_gradients(run, inputs, num_heads=heads).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_shared_tokens_on_every_path(path: torch.device, dtype: torch.dtype) -> None:
+    inputs = absorbed_inputs(2, 20, 37, 48, 64)
+
+    def plain(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **o: Any) -> Any:
+        total: Any = 0
+        for i in range(3):
+            out, assignment, entropy = eager_absorbed(q, x, w_key, w_value, *(() if i == 1 else norm), **o)
+            q, total = q + out, total + entropy
+        return q, assignment, total
+
+    check(path, functools.partial(chain, shared=True), plain, inputs, dtype)
+
+
+def test_shared_tokens_that_want_no_gradient(path: torch.device) -> None:
+    q, x, *weights = (x.to(path, torch.float32) for x in absorbed_inputs(2, 4, 7, 16, 12)[:4])
+    q.requires_grad_()
+    tokens, (port,) = share_tokens(x, 1, num_queries=4)
+    with_port = torch.autograd.grad(slot_attention_absorbed(q, tokens, *weights, port=port).sum(), q)
+    torch.testing.assert_close(with_port, torch.autograd.grad(slot_attention_absorbed(q, x, *weights).sum(), q))
+
+
+def test_sharing_casts_once_under_autocast() -> None:
+    q, x, *weights = (x.float() for x in absorbed_inputs(2, 4, 7, 16, 12)[:4])
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, (port,) = share_tokens(x, 1, num_queries=4)
+        out = slot_attention_absorbed(q, tokens, *weights, port=port)
+    assert tokens.dtype == out.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(out.float().sum(), x)
+    assert gradient.dtype == torch.float32
+
+
+def test_mistakes_with_ports_are_named() -> None:
+    q, x, *weights = (x.float() for x in absorbed_inputs(2, 4, 7, 16, 12)[:4])
+    tokens, (port,) = share_tokens(x, 1, num_queries=4)
+    with pytest.raises(ValueError, match=r"port is for torch.float32 queries of shape \(2, 1, 4, 12\)"):
+        slot_attention_absorbed(q, tokens, *weights, num_heads=2, port=port)
+    with pytest.raises(ValueError, match="pass those that share_tokens returned"):
+        slot_attention_absorbed(q, x.requires_grad_(), *weights, port=port)
+    with pytest.raises(ValueError, match="uses=0"):
+        share_tokens(x, 0, num_queries=4)
+    with pytest.raises(ValueError, match=r"tokens have shape \(7, 12\)"):
+        share_tokens(x[0], 1, num_queries=4)
+
+
+# --- Autocast and mistakes --------------------------------------------------------------------------------------------
+
+
 def test_autocast(path: torch.device) -> None:
     """Inputs are cast as a Linear's would be; the output has autocast's dtype and accuracy, the map is float32."""
     inputs = [x.to(path, torch.float32) for x in absorbed_inputs(2, 5, 37, 32, 48)[:4]]
     exact = slot_attention_absorbed_reference(*(x.cpu().double() for x in inputs))
     with torch.autocast(path.type, torch.bfloat16):
         out, assignment = slot_attention_absorbed(*inputs, return_map=True)
-        low, _ = eager_absorbed(*inputs)
+        low, *_ = eager_absorbed(*inputs)
         mixed = slot_attention_absorbed_reference(
             inputs[0].bfloat16(), *inputs[1:]
         )  # queries of a Linear, fp32 weights

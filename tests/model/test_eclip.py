@@ -37,7 +37,8 @@ def test_projections_start_by_keeping_similarities(tower_width):
 
 def test_decode_joins_queries_and_decoder(model):
     tokens, prompts, modality = torch.randn(2, 16, 16), torch.randn(2, 5, 16), torch.randint(2, (2, 5))
-    output = model.decode(tokens, prompts, modality)
+    assert model.decode(tokens, prompts, modality).assignment is None
+    output = model.decode(tokens, prompts, modality, return_map=True)
     finished = model.decode_queries(tokens, model.queries(prompts, modality))
     torch.testing.assert_close(output.slots, finished.slots)
     assert (output.slots.shape, output.assignment.shape, output.entropy.shape) == ((2, 5, 16), (2, 5, 16), ())

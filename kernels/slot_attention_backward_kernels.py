@@ -1,0 +1,113 @@
+"""Launchers of slot attention's backward kernels: what slot_attention_core.py calls for tensors on a GPU.
+
+`triton_backward` (slot_attention_score_gradient.py) gives the gradients of queries and bias and the factors of the
+tokens' gradient; `triton_token_gradients` (slot_attention_token_gradient.py) multiplies the factors out.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from ._launch import on_device_of
+from .slot_attention_score_gradient import launch_options, slot_attention_bwd_kernel
+from .slot_attention_token_gradient import ENOUGH_PROGRAMS, readable, triton_token_gradients
+
+__all__ = ["triton_backward", "triton_token_gradients"]
+
+
+def triton_backward(
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    grad_map: Tensor | None,
+    grad_entropy: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    mass: Tensor,
+    out: Tensor,
+    scale: float,
+    normalize: str,
+    eps: float,
+    norm_eps: float | None,
+    token_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, num_queries, dim = q.shape
+    groups, num_tokens = k.shape[1:3]
+    options = launch_options(
+        num_queries,
+        num_tokens,
+        dim,
+        q.dtype,
+        separate=v is not None,
+        norm=norm_eps is not None,
+        extras=normalize == "mean" or any(x is not None for x in (bias, grad_mass, grad_entropy)),
+        grad_map=grad_map is not None,
+        generation=torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9,
+    )
+    blocks = triton.cdiv(num_tokens, options["BLOCK_N"])
+    # Several blocks of tokens: the program of an image goes through them, if that makes programs enough for the GPU.
+    # Else each block is a program and writes its part of the sums, which are then added in a fixed order.
+    split = blocks > 1 and batch * heads < ENOUGH_PROGRAMS
+    parts = blocks if split else 1
+    grad_q = q.new_empty(parts, *q.shape, dtype=torch.float32 if split else q.dtype)
+    sums = q.new_empty(q.shape, dtype=torch.float32) if blocks > 1 and not split else None
+    grad_bias = None if bias is None else mass.new_empty(parts, *mass.shape)
+    coefficients = affine = None
+    if token_grad:
+        coefficients = q.new_empty(batch, heads, num_tokens, 2 * options["BLOCK_T"])
+        if norm_eps is not None:
+            affine = mass.new_empty(batch, heads, num_tokens, 2)
+    if batch > 0:
+        q, k, grad_out = (readable(x) for x in (q, k, grad_out))
+        v = v if v is None else readable(v)
+        mass, out, grad_mass, grad_entropy, bias, mask = (
+            x if x is None else x.contiguous() for x in (mass, out, grad_mass, grad_entropy, bias, mask)
+        )
+        with on_device_of(q):
+            slot_attention_bwd_kernel[(batch * heads * parts,)](
+                q,
+                k,
+                v,
+                grad_out,
+                out,
+                mass,
+                bias,
+                mask if mask is None else mask.view(torch.uint8),
+                grad_mass,
+                grad_map,
+                grad_entropy,
+                grad_q,
+                sums,
+                grad_bias,
+                coefficients,
+                affine,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *(k if v is None else v).stride()[:3],
+                *grad_out.stride()[:3],
+                *((0, 0, 0, 0) if grad_map is None else grad_map.stride()),
+                heads,
+                heads // groups,
+                num_queries,
+                num_tokens,
+                dim,
+                scale,
+                eps,
+                norm_eps or 0.0,
+                NORMALIZE=normalize,
+                HAS_NORM=norm_eps is not None,
+                SPLIT=split,
+                **options,
+            )
+    return (
+        _sum_blocks(grad_q).to(q.dtype),
+        mass.new_empty(0) if grad_bias is None else _sum_blocks(grad_bias),
+        q.new_empty(0) if coefficients is None else coefficients,
+        mass.new_empty(0) if affine is None else affine,
+    )
+
+
+def _sum_blocks(partials: Tensor) -> Tensor:
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)

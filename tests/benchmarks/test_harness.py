@@ -1,0 +1,97 @@
+"""What the benchmarks stand on: counting saved bytes, backward passes on their own, shards, and the plan of gpu.sh."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import shard
+from benchmarks.activations import kept_for_backward
+from benchmarks.conftest import Bench
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_each_storage_that_the_graph_holds_counts_once() -> None:
+    x = torch.randn(10, 10, requires_grad=True)
+    weight = torch.randn(10, 10, requires_grad=True)
+
+    def call() -> Tensor:
+        hidden = x.exp()  # 400 bytes: saved by exp, by both products, one of them through a view
+        (hidden * hidden.exp()).sum()  # a branch that nothing returned needs
+        return (hidden @ weight).sum() + (hidden[:5] @ weight).sum()
+
+    assert kept_for_backward(call, [x, weight]) == 400
+    assert kept_for_backward(call, [x]) == 800
+    assert kept_for_backward(lambda: x + weight, []) == 0
+
+
+def test_own_functions_are_counted_and_still_differentiate() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(torch.ones(50))
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad * ctx.saved_tensors[0].mean()
+
+    x = torch.randn(3, requires_grad=True)
+    assert kept_for_backward(lambda: Double.apply(x), [x]) == 200
+
+
+def test_backward_calls_return_the_gradients() -> None:
+    bench = Bench(None, {}, None)
+    a, b, weight = (torch.randn(4, 4, device=bench.device) for _ in range(3))
+    weight.requires_grad_()
+    seeds = [torch.randn(4, 4, device=bench.device), torch.randn((), device=bench.device)]
+
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a @ b @ weight, (a * b).sum()
+
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    expected = torch.autograd.grad(function(*leaves), [*leaves, weight], seeds)
+    torch.testing.assert_close(bench.backward(function, a, b, seeds=seeds, also=[weight])(), expected)
+    alone = bench.backward_alone(function, a, b, seeds=seeds)
+    for _ in range(2):
+        torch.testing.assert_close(alone(), expected[:2])
+    assert not a.requires_grad
+    assert weight.grad is None
+    # A scalar needs no seed, and draws one.
+    assert bench.backward(lambda a: a.sum(), a)()[0].unique().numel() == 1
+
+
+def test_shards_divide_the_tests() -> None:
+    found: list[int] = []
+    for index in range(1, 4):
+        items, left_out = list(range(10)), []
+        config = SimpleNamespace(
+            getoption=lambda name, index=index: f"{index}/3",
+            hook=SimpleNamespace(pytest_deselected=lambda items, out=left_out: out.extend(items)),
+        )
+        shard.pytest_collection_modifyitems(config, items)
+        assert sorted(items + left_out) == list(range(10))
+        found += items
+    assert sorted(found) == list(range(10))
+
+
+def test_a_shard_outside_the_count_is_refused() -> None:
+    config = SimpleNamespace(getoption=lambda name: "4/3")
+    with pytest.raises(pytest.UsageError, match="4/3"):
+        shard.pytest_collection_modifyitems(config, [])
+
+
+def test_gpu_plan_names_every_benchmark_and_fits_its_budget() -> None:
+    plan = (ROOT / "benchmarks/gpu.sh").read_text()
+    timed = re.findall(r"^bench \S+ (\d+) (\S+)", plan, re.MULTILINE)
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert {file for _, file in timed} == files
+    (beside_each_other,) = set(re.findall(r"part (\d+) ", plan))  # tests and caches run at the same time
+    (budget,) = re.findall(r"^budget=\$\{BUDGET:-(\d+)\}", plan, re.MULTILINE)
+    total = int(beside_each_other) + sum(int(limit) for limit, _ in timed)
+    assert f"add up to {total}" in plan
+    assert total < int(budget) < 9 * 60
