@@ -32,6 +32,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def gpu_generation(x: Tensor) -> int:
+    """Major compute capability of the device of `x`: 8 (Ampere, Ada), 9 (Hopper), 10 and up (Blackwell); CPU: 9."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+
+
 def autocast_off(x: Tensor) -> torch.autocast:
     """Autocast reaches into custom ops and would round their fp32 matmuls to bf16."""
     return torch.autocast(x.device.type, enabled=False)

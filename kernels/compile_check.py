@@ -4,8 +4,9 @@
 
 Prints, per configuration and architecture: registers a thread, bytes spilled, shared memory, tensor-core instructions
 (HMMA on sm_80, HMMA or HGMMA on sm_90, HMMA or UTCHMMA on sm_100) and seconds. Exits with 1 if anything spills, touches
-local memory, exceeds the chip's shared memory, lacks the tensor-core instructions its case promises, does not compile,
-or takes longer than the timeout (a kernel that spills badly compiles for 4-17 s).
+local memory, exceeds the chip's shared memory, lacks the tensor-core instructions its case promises or uses them where
+it promises full precision, does not compile, or takes longer than the timeout (a kernel that spills badly compiles for
+4-17 s).
 
 Every file of this folder that decorates a kernel defines `compile_cases() -> Iterator[Case]`, and is found by that. The
 check needs a process of its own, started without TRITON_INTERPRET: Triton decides between the two at decoration.
@@ -78,6 +79,8 @@ class Report:
             found.append(f"shared memory {self.shared} exceeds sm_{arch}'s {SHARED_MEMORY[arch]}")
         if case.tensor_core and not sum(self.tensor.values()):
             found.append("no tensor-core instruction")
+        if case.constants.get("PRECISION") == "ieee" and sum(self.tensor.values()):
+            found.append("products at full precision run on the tensor cores, in TF32")
         return found
 
 

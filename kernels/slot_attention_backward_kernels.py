@@ -62,8 +62,9 @@ def triton_backward(
     if batch > 0:
         q, k, grad_out = (readable(x) for x in (q, k, grad_out))
         v = v if v is None else readable(v)
-        mass, out, grad_mass, grad_entropy, bias, mask = (
-            x if x is None else x.contiguous() for x in (mass, out, grad_mass, grad_entropy, bias, mask)
+        mass, out = mass.contiguous(), out.contiguous()
+        grad_mass, grad_entropy, bias, mask = (
+            x if x is None else x.contiguous() for x in (grad_mass, grad_entropy, bias, mask)
         )
         with on_device_of(q):
             slot_attention_bwd_kernel[(batch * heads * parts,)](

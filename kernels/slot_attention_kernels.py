@@ -9,6 +9,7 @@ then split over several programs, whose sums `_combine_kernel` adds; in a fixed 
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, on_device_of
+from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case
 from .slot_attention_one_pass import (
     _slot_attention_one_pass_fwd_kernel,
     forward_case,
-    multiply,
     one_pass_options,
     over_tokens,
     softmax_over_queries,
@@ -101,9 +101,7 @@ def _slot_attention_fwd_kernel(
     mass = tl.zeros((BLOCK_T,), tl.float32)
     mean_part = tl.zeros((BLOCK_T,), tl.float32)  # sum_n of what the tokens' means contribute to A^T v
     value_sum = tl.zeros((BLOCK_V,), tl.float32)
-    entropy = tl.zeros((BLOCK_N,), tl.float32)  # in bits, without log2 of the totals
-    product = tl.full((1, BLOCK_N), 1.0, tl.float32)
-    exponent = tl.zeros((1, BLOCK_N), tl.float32)
+    entropy = tl.zeros((BLOCK_N,), tl.float32)  # in bits
     map_rows = map_ptr + row * num_queries * num_tokens
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, num_tokens)
@@ -134,12 +132,11 @@ def _slot_attention_fwd_kernel(
         if HAS_NORM:
             rstd = tl.rsqrt(squares / dim + norm_eps)
             scores = (scores - query_sum[:, None] * mean[None, :]) * rstd[None, :]
-        assignment, terms, total = softmax_over_queries(scores * (scale * LOG2E) + bias[:, None], 0)
+        assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[:, None], 0)
         assignment = tl.where(token_in[None, :], assignment, 0.0)
         mass += tl.sum(assignment, 1)
         if STORE_ENTROPY:
-            entropy -= tl.where(token_in, tl.sum(terms, 0), 0.0)
-            product, exponent = multiply(product, exponent, tl.where(token_in[None, :], total, 1.0))
+            entropy += tl.where(token_in, tl.sum(terms, 0), 0.0)
         if STORE_MAP:
             entry = t[:, None] * num_tokens + token[None, :]
             tl.store(map_rows + entry, assignment, mask=(query_in[:, None] & token_in[None, :]) & leads)
@@ -171,8 +168,7 @@ def _slot_attention_fwd_kernel(
     tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & channel_in[None, :])
     tl.store(mass_ptr + part * num_queries + t, mass, mask=query_in & leads)
     if STORE_ENTROPY:
-        bits = tl.sum(entropy, 0) + tl.sum(tl.sum(tl.log2(product) + exponent, 1), 0)
-        tl.store(entropy_ptr + part, bits / LOG2E, mask=leads)
+        tl.store(entropy_ptr + part, tl.sum(entropy, 0) / LOG2E, mask=leads)
 
 
 @triton.jit
@@ -215,7 +211,9 @@ def _combine_kernel(
     tl.store(mass_ptr + slot, mass, mask=tl.program_id(1) == 0)
 
 
-def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: bool, normalize: str) -> dict[str, Any]:
+def _launch_options(
+    num_queries: int, dim: int, dtype: torch.dtype, *, norm: bool, normalize: str, generation: int
+) -> dict[str, Any]:
     """Blocks, warps and stages, chosen so that no configuration of `compile_cases` spills a register.
 
     Channels beyond BLOCK_V go to further programs, which compute the scores again from tokens that are in cache then.
@@ -226,9 +224,12 @@ def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: boo
     block_v = min(max(32 if full else 16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
     narrow = block_v <= 64  # room for more tokens a step
     # Tuned for no spills only: in full precision, 32 channels with the sum of the values beside them are too many.
-    few = block_t == 16 or (normalize == "mean" and not norm)
+    few = block_t != 32 or (normalize == "mean" and not norm)
+    # Blackwell: Triton 3.6 puts products of 64 rows on the tensor cores, "ieee" or not, where one TF32 product has 10
+    # bits; three have 21.
+    thrice = block_t == 64 and generation >= 10
     options = {
-        "PRECISION": "ieee" if full else "tf32",
+        "PRECISION": "tf32" if not full else "tf32x3" if thrice else "ieee",
         "BLOCK_T": block_t,
         "BLOCK_N": 16 if full else 64 if narrow else 32,
         "BLOCK_D": min(block_v, 128) if not full else 16 if few else 32,
@@ -236,7 +237,7 @@ def _launch_options(num_queries: int, dim: int, dtype: torch.dtype, *, norm: boo
         "num_warps": 8,
         "num_stages": 2,
     }
-    if full and narrow:
+    if narrow and (full or extras):
         options["maxnreg"] = 255  # else ptxas aims at 80 or 128 registers, and spills to get there
     return options
 
@@ -279,7 +280,9 @@ def triton_forward(
         one_pass = one_pass_options(
             num_queries, dim, q.dtype, normalize=normalize, norm=norm, return_map=return_map, limit=shared_memory(q)
         )
-    options = one_pass or _launch_options(num_queries, dim, q.dtype, norm=norm, normalize=normalize)
+    options = one_pass or _launch_options(
+        num_queries, dim, q.dtype, norm=norm, normalize=normalize, generation=gpu_generation(q)
+    )
     slices = 1 if one_pass else triton.cdiv(dim, options["BLOCK_V"])
     splits, split_tokens = _splits(q, batch * heads * slices, num_tokens, options["BLOCK_N"])
     partial = splits > 1
@@ -365,20 +368,23 @@ def _unit_stride(x: Tensor) -> Tensor:
 def compile_cases() -> Iterator[Case]:
     """The configurations that `compile_check` compiles: separate keys and values, and corners of the shapes."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for dtype, num_queries, dim, norm, optional in (
-        (bf16, 20, 768, False, False),
-        (bf16, 20, 768, False, True),
-        (bf16, 20, 64, False, True),
-        (fp16, 20, 384, False, True),
-        (bf16, 1, 16, True, True),
-        (bf16, 64, 1024, True, True),
-        (fp32, 20, 768, True, True),
-        (fp32, 64, 1024, True, True),
+    for dtype, num_queries, dim, norm, optional, generation in (
+        (bf16, 20, 768, False, False, None),
+        (bf16, 20, 768, False, True, None),
+        (bf16, 20, 64, False, True, None),
+        (fp16, 20, 384, False, True, None),
+        (bf16, 1, 16, True, True, None),
+        (bf16, 64, 1024, True, True, None),
+        (fp32, 20, 768, True, True, None),
+        (fp32, 64, 1024, True, True, 8),
+        (fp32, 64, 1024, True, True, 9),
+        (fp32, 64, 1024, True, True, 10),
     ):
         normalize = "mean" if optional else "den"
-        options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize)
+        options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize, generation=generation or 9)
         kernel = _slot_attention_fwd_kernel
-        yield forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional)
+        case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional)
+        yield replace(case, generation=generation)
     yield Case(
         name="slot_attention fwd combine",
         kernel=_combine_kernel,

@@ -22,7 +22,7 @@ from .compile_check import SHARED_MEMORY, Case
 
 @triton.jit
 def softmax_over_queries(scores, AXIS: tl.constexpr):
-    """A = 2^scores / total over the queries along AXIS, A log2(A total) and total, 1 to T. Absent: a score of -inf."""
+    """A = 2^scores / total over the queries along AXIS, and -A log2 A. A score of -inf: an absent query."""
     top = tl.max(scores, AXIS, keep_dims=True)
     top = tl.where(top == float("-inf"), 0.0, top)  # an image without a single query
     centred = scores - top
@@ -30,18 +30,8 @@ def softmax_over_queries(scores, AXIS: tl.constexpr):
     total = tl.sum(exps, AXIS, keep_dims=True)
     total = tl.where(total == 0.0, 1.0, total)
     assignment = exps / total
-    return assignment, assignment * tl.where(exps > 0.0, centred, 0.0), total
-
-
-@triton.jit
-def multiply(product, exponent, factor):
-    """product * 2^exponent, times a factor of 1 to 2^63, without overflow.
-
-    -A ln A needs the logarithm of every token's total. One of their product does: a log2 takes 20 instructions.
-    """
-    product *= factor
-    large = product > 1.8446744073709552e19  # 2^64
-    return tl.where(large, product * 5.421010862427522e-20, product), tl.where(large, exponent + 64.0, exponent)
+    # Below 2^-150 A is 0, whatever it is multiplied with; only -inf would make that a NaN.
+    return assignment, assignment * (tl.log2(total) - tl.maximum(centred, -1000.0))
 
 
 @triton.jit
@@ -138,10 +128,7 @@ def _slot_attention_one_pass_fwd_kernel(
         sums += (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
     # One entry a token of the tile and query, added up after the loop: no reduction between warps inside it.
     mass = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    entropy = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)  # in bits, without log2 of the totals
-    # The same for every query; as one column they would be carried in another layout, at two barriers a tile.
-    product = tl.full((BLOCK_N, BLOCK_T), 1.0, tl.float32)
-    exponent = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    entropy = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)  # in bits
     mean_part = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)  # what the tokens' means contribute to A^T E
 
     k_base = k_ptr + image * k_stride_b + (head // heads_per_group) * k_stride_g
@@ -182,12 +169,11 @@ def _slot_attention_one_pass_fwd_kernel(
             mean = tl.sum(tl.where((t == SPARE)[None, :], scores, 0.0), 1) / dim
             rstd = tl.rsqrt(tl.maximum(squares / dim - mean * mean, 0.0) + norm_eps)
             scores = (scores - mean[:, None] * query_sum[None, :]) * rstd[:, None]
-        assignment, terms, total = softmax_over_queries(scores * (scale * LOG2E) + bias[None, :], 1)
+        assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[None, :], 1)
         assignment = tl.where(token_in[:, None], assignment, 0.0)
         mass += assignment
         if STORE_ENTROPY:
-            entropy -= tl.where(token_in[:, None], terms, 0.0)
-            product, exponent = multiply(product, exponent, tl.where(token_in[:, None], total, 1.0))
+            entropy += tl.where(token_in[:, None], terms, 0.0)
         if STORE_MAP:
             entry = t[None, :] * num_tokens + token[:, None]
             tl.store(map_rows + entry, assignment, mask=query_in[None, :] & token_in[:, None])
@@ -212,7 +198,6 @@ def _slot_attention_one_pass_fwd_kernel(
     part = split * tl.num_programs(0) + row  # row, unless PARTIAL
     tl.store(mass_ptr + part * num_queries + t, mass, mask=query_in)
     if STORE_ENTROPY:
-        entropy += (tl.log2(product) + exponent) / BLOCK_T
         tl.store(entropy_ptr + part, tl.sum(tl.sum(entropy, 1), 0) / LOG2E)
     for i in tl.static_range(CHUNKS):
         channel = i * BLOCK_C + c

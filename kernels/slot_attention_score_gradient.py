@@ -324,8 +324,10 @@ def launch_options(
 ) -> dict[str, Any]:
     """Blocks, warps and stages for a GPU of compute capability `generation`.x.
 
-    The scores of a block lie in registers, and a block that holds all tokens of an image reads nothing twice: it is as
-    large as compiles without a spill, which was tried out (extras: bias, mean, gradients of mass or entropy).
+    The scores of a block lie in registers. One block that holds all tokens of an image needs neither `out` nor partial
+    sums, so blocks are as large as was found to compile without a spill: larger on Hopper, whose products take their
+    operands from shared memory. extras: bias, `mean`, gradients of mass or entropy. Hopper, T = 20, N = 196: one block,
+    unless the map has a gradient; a program fills a multiprocessor, with three chunks of channels on the way.
     """
     hopper, blackwell = generation == 9, generation >= 10
     block_t = padded_queries(num_queries)
@@ -335,14 +337,19 @@ def launch_options(
     if grad_map or (num_tokens * block_t > scores and (norm or not hopper)) or (separate and not hopper):
         scores = 4096
     if block_t == 64:
-        scores = 4096 if plain or hopper else 2048
-        block_d = block_d if scores == 4096 and not (norm and grad_map) else min(block_d, 32)
+        scores = 4096 if (plain and not separate) or (hopper and not grad_map) else 2048
+        block_d = block_d if scores == 4096 else min(block_d, 32)
     elif (plain and block_t == 16 and not hopper) or (not plain and (blackwell or (norm and grad_map and not hopper))):
         scores = 2048
-    block_n = max(32 if block_t == 64 else 64, min(triton.next_power_of_2(num_tokens), 256, scores // block_t))
+    if dim % 16:  # rows without alignment: an address per channel
+        scores, block_d = min(scores, 2048), 16
+    elif (norm or grad_map) and (dim % block_d or dim <= 16):
+        scores //= 2
+    smallest = 32 if block_t == 64 else 64
+    block_n = max(smallest, min(triton.next_power_of_2(num_tokens), 256, scores // block_t))
     warps = 8
     if dtype == torch.float32:  # at full precision the tensor cores are out, and operands sit in registers
-        block_n, block_d, warps = 32, 16, 8
+        block_n, block_d, warps = 32, 16, 4 if block_t == 16 else 8
     return {
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "BLOCK_T": block_t,
@@ -378,6 +385,7 @@ def compile_cases() -> Iterator[Case]:
             yield _compile_case(
                 generation, dtype, num_queries, num_tokens, dim, separate=separate, norm=norm, level=level
             )
+        yield _compile_case(generation, bf16, 20, 576, 768, separate=False, norm=True, level=1, split=True)
 
 
 def _compile_case(
@@ -390,6 +398,7 @@ def _compile_case(
     separate: bool,
     norm: bool,
     level: int,
+    split: bool = False,
 ) -> Case:
     """`separate`: v given; level 1: bias, gradients of mass and entropy; 2: mask, map and `mean` as well."""
     options = launch_options(
@@ -406,7 +415,7 @@ def _compile_case(
     element = element_type(dtype)
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "grad_out_ptr", "out_ptr", "coefficients_ptr", "grad_q_ptr"), element)
     floats = ["mass_ptr"]
-    floats += ["sums_ptr"] * (not options["ONE_BLOCK"]) + ["affine_ptr"] * norm
+    floats += ["grad_q_ptr" if split else "sums_ptr"] * (not options["ONE_BLOCK"]) + ["affine_ptr"] * norm
     floats += ["bias_ptr", "grad_mass_ptr", "grad_entropy_ptr", "grad_bias_ptr"] * (level > 0)
     floats += ["grad_map_ptr"] * (level > 1)
     pointers |= dict.fromkeys(floats, "*fp32")
@@ -419,11 +428,11 @@ def _compile_case(
     absent = [name for name in slot_attention_bwd_kernel.arg_names if name.endswith("_ptr") and name not in pointers]
     name = f"slot_attention bwd {str(dtype).removeprefix('torch.')} T={num_queries} N={num_tokens} D={dim}"
     return Case(
-        name=f"{name}{' v' * separate}{' norm' * norm}{('', ' bias entropy', ' mean all')[level]}",
+        name=f"{name}{' v' * separate}{' norm' * norm}{('', ' bias entropy', ' mean all')[level]}{' split' * split}",
         kernel=slot_attention_bwd_kernel,
         types=types,
         constants=dict.fromkeys(absent)
-        | {"map_stride_n": 1, "NORMALIZE": "mean" if level > 1 else "den", "HAS_NORM": norm, "SPLIT": False}
+        | {"map_stride_n": 1, "NORMALIZE": "mean" if level > 1 else "den", "HAS_NORM": norm, "SPLIT": split}
         | {key: value for key, value in options.items() if key.isupper()},
         divisible=(*pointers, *strides, "dim"),
         options={key: options[key] for key in ("num_warps", "num_stages")},

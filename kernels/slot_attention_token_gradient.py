@@ -152,6 +152,8 @@ def _launch_options(
     block_n = 64 if full or num_tokens <= 64 else 128
     block_d = 2048 // padded if full else 64 if norm and one_entry else 128
     block_d = min(block_d, 64 if full else 128, max(16, triton.next_power_of_2(dim)))
+    if dim % 16:  # rows without alignment: an address per channel
+        block_d = min(block_d, 32)
     return {
         "ONE_ENTRY": one_entry,
         "EVEN_D": dim % block_d == 0,

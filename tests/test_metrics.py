@@ -93,9 +93,7 @@ def test_sinks_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("package", "change"), [("tensorboard", {"tensorboard": True}), ("wandb", {"wandb": "shop"})])
-def test_a_sink_without_its_package_is_refused(
-    package: str, change: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sink_without_its_package_is_refused(package: str, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else found(name, *a))
     with pytest.raises(ValueError, match=f"pip install {package}"):

@@ -3,6 +3,7 @@
 CI compiles every configuration for every architecture (`python -m eclip.kernels.compile_check`); here, a few.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def test_decoder_configurations_compile() -> None:
     """The paper's sizes, on sm_90: no spills, shared memory within the chip, tensor cores in use."""
     result = compile_check("--arch", "90", "--only", "slot_attention fwd bfloat16 T=20 D=768")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 configurations, 0 failed" in result.stdout
+    assert "7 configurations, 0 failed" in result.stdout
 
 
 def test_slow_compilation_fails() -> None:
@@ -51,3 +52,5 @@ def test_faults() -> None:
     assert "spills 16 bytes" in Report(**clean | {"spilled": 16}).faults(case, 90)[0]
     assert "spills" in Report(**clean | {"local": 2}).faults(case, 90)[0]
     assert "no tensor-core" in Report(**clean | {"tensor": {"HMMA": 0}}).faults(case, 90)[0]
+    precise = dataclasses.replace(case, constants={**case.constants, "PRECISION": "ieee"})
+    assert "in TF32" in Report(**clean).faults(precise, 90)[0]

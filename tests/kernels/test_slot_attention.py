@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from eclip.kernels import slot_attention_core as module
+from eclip.kernels import slot_attention_kernels as forward_kernels
 from eclip.kernels.slot_attention import (
     NORMALIZERS,
     share_tokens,
@@ -137,7 +138,9 @@ def check(
     ours = outputs_and_gradients(function, [x.to(path) for x in rounded], **options)
     for name, value in ours.items():
         assert value.isfinite().all(), name
-        assert_as_accurate(value, low[name], exact[name], name=name)
+        # An entropy is one number an image, in which the rounding of thousands of scores may cancel by luck.
+        floor = max(1e-5, torch.finfo(dtype).eps / 8) if name == "entropy" else 1e-5
+        assert_as_accurate(value, low[name], exact[name], floor=floor, name=name)
 
 
 # --- The specification ----------------------------------------------------------------------------------------------
@@ -302,6 +305,19 @@ def test_dtypes(path: torch.device, normalize: str, dtype: torch.dtype) -> None:
 def test_wide_channels_take_several_programs(path: torch.device) -> None:
     check(path, slot_attention, eager, kv_inputs(1, 20, 20, 544))
     check(path, ours_absorbed(slot_attention_absorbed), eager_absorbed, absorbed_inputs(1, 20, 20, 32, 544))
+
+
+@pytest.mark.parametrize("multiprocessors", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_few_images_split_their_tokens(
+    path: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    """Over several programs, whose sums are added; in bf16 by the one-pass kernel, in fp32 by the general one."""
+    monkeypatch.setattr(forward_kernels, "multiprocessors", lambda _: multiprocessors)
+    inputs = absorbed_inputs(1, 7, 150, 96, 96)
+    for normalize in ("mean", "den"):
+        absorbed = ours_absorbed(slot_attention_absorbed)
+        check(path, absorbed, eager_absorbed, inputs, dtype, normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -596,14 +612,46 @@ def test_absorbed_mistakes_are_named(change: dict[str, Any], message: str) -> No
 # --- Sizes of the paper, on a GPU -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["absorbed", "absorbed, 4 heads", "absorbed, norm", "keys and values, 12 heads"])
+def test_paper_size_in_bf16(path: torch.device, form: str) -> None:
+    if form.startswith("keys"):
+        check(path, slot_attention, eager, kv_inputs(1, 20, 196, 768), torch.bfloat16, num_heads=12)
+        return
+    inputs = absorbed_inputs(1, 20, 197, 768, 768)[: 6 if "norm" in form else 4]
+    absorbed = ours_absorbed(slot_attention_absorbed)
+    check(path, absorbed, eager_absorbed, inputs, torch.bfloat16, num_heads=4 if "4 heads" in form else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [1, 12])
+def test_paper_size_in_fp32(heads: int) -> None:
+    device = torch.device("cuda")
+    check(device, slot_attention, eager, kv_inputs(4, 20, 196, 768), num_heads=heads)
+    inputs = absorbed_inputs(4, 20, 197, 768, 768)
+    check(device, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, num_heads=heads)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("heads", [1, 12])
-def test_paper_size(heads: int, dtype: torch.dtype) -> None:
-    device = torch.device("cuda")
-    check(device, slot_attention, eager, kv_inputs(4, 20, 196, 768), dtype, num_heads=heads)
-    inputs = absorbed_inputs(4, 20, 197, 768, 768)
-    check(device, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs, dtype, num_heads=heads)
+def test_results_repeat_to_the_bit(dtype: torch.dtype) -> None:
+    """No atomics: the same inputs give the same bits, whatever else runs on the GPU."""
+    inputs = [x.to("cuda", dtype) for x in absorbed_inputs(64, 20, 196, 768, 768)]
+    first, second = (outputs_and_gradients(ours_absorbed(slot_attention_absorbed), inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_more_images_than_a_grid_has_rows() -> None:
+    """65,535 is the limit of a grid's second and third axis."""
+    q, x = (torch.randn(70_000, n, 16, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (3, 5))
+    weight = torch.eye(16, device="cuda", dtype=torch.bfloat16)
+    out = slot_attention_absorbed(q, x, weight, weight)
+    assert isinstance(out, Tensor)
+    gradients = torch.autograd.grad(out.float().square().sum(), (q, x))
+    exact = slot_attention_absorbed_reference(q[-2:].double(), x[-2:].double(), weight.double(), weight.double())
+    assert isinstance(exact, Tensor)
+    torch.testing.assert_close(out[-2:].double(), exact, atol=2e-2, rtol=2e-2)
+    assert all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.gpu
