@@ -37,6 +37,12 @@ def gpu_generation(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
+def readable(x: Tensor) -> Tensor:
+    """`x` (..., rows, channels) as the kernels read it: channels next to each other, offsets of a matrix in 32 bits."""
+    near = (x.shape[-1] == 1 or x.stride(-1) == 1) and x.shape[-2] * x.stride(-2) < 2**31
+    return x if near else x.contiguous()
+
+
 def autocast_off(x: Tensor) -> torch.autocast:
     """Autocast reaches into custom ops and would round their fp32 matmuls to bf16."""
     return torch.autocast(x.device.type, enabled=False)

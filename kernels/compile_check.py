@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -57,6 +58,11 @@ class Case:
     """Major compute capability that the case is for (8 for sm_80...); None: all."""
     tensor_core: bool = True
     """Whether the kernel must use the tensor cores (an fp32 kernel at full precision cannot)."""
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to `dtype`."""
+    return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
 
 
 @dataclass(frozen=True)

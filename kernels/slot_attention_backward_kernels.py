@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ._launch import on_device_of
+from ._launch import gpu_generation, on_device_of, readable
 from .slot_attention_score_gradient import launch_options, slot_attention_bwd_kernel
-from .slot_attention_token_gradient import ENOUGH_PROGRAMS, readable, triton_token_gradients
+from .slot_attention_token_gradient import ENOUGH_PROGRAMS, triton_token_gradients
 
 __all__ = ["triton_backward", "triton_token_gradients"]
 
@@ -44,7 +44,7 @@ def triton_backward(
         norm=norm_eps is not None,
         extras=normalize == "mean" or any(x is not None for x in (bias, grad_mass, grad_entropy)),
         grad_map=grad_map is not None,
-        generation=torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9,
+        generation=gpu_generation(q),
     )
     blocks = triton.cdiv(num_tokens, options["BLOCK_N"])
     # Several blocks of tokens: the program of an image goes through them, if that makes programs enough for the GPU.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, gpu_generation, on_device_of
+from ._launch import LOG2E, gpu_generation, on_device_of, readable
 from .compile_check import Case
 from .slot_attention_one_pass import (
     _slot_attention_one_pass_fwd_kernel,
@@ -298,7 +298,7 @@ def triton_forward(
     value_sum = empty(splits, batch, heads, dim) if partial and normalize == "mean" else None
     if batch == 0:
         return out, mass[0], assignment, entropy[0] if return_entropy else entropy
-    q, k, values = _unit_stride(q), _unit_stride(k), _unit_stride(k if v is None else v)
+    q, k, values = readable(q), readable(k), readable(k if v is None else v)
     bias = bias if bias is None else bias.contiguous()
     mask = mask if mask is None else mask.contiguous().view(torch.uint8)
     outputs = (sums, mass, assignment, entropy, value_sum)
@@ -358,11 +358,6 @@ def _combine(
         BLOCK_D=COMBINE_BLOCK,
     )
     return mass
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Kernels take any batch, group and row stride, but read channels as contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def compile_cases() -> Iterator[Case]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._launch import LOG2E
-from .compile_check import SHARED_MEMORY, Case
+from .compile_check import SHARED_MEMORY, Case, pointer_to
 
 # --- What both forward kernels do with scores and sums ----------------------------------------------------------------
 
@@ -290,7 +290,7 @@ def forward_case(
 
     The entropy is always there, as in the decoder.
     """
-    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    element = pointer_to(dtype)
     pointers = {"q_ptr": element, "k_ptr": element, "v_ptr": element, "out_ptr": "*fp32" if partial else element}
     pointers |= dict.fromkeys(("mass_ptr", "map_ptr", "entropy_ptr"), "*fp32")
     absent = {"query_sum_ptr": not norm, "value_sum_ptr": not (optional and partial), "bias_ptr": not optional}

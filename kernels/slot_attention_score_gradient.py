@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 
 from ._launch import LOG2E
-from .compile_check import Case
+from .compile_check import Case, pointer_to
 from .slot_attention_plain import padded_queries
-from .slot_attention_token_gradient import element_type
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -412,7 +411,7 @@ def _compile_case(
         grad_map=level > 1,
         generation=generation,
     )
-    element = element_type(dtype)
+    element = pointer_to(dtype)
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "grad_out_ptr", "out_ptr", "coefficients_ptr", "grad_q_ptr"), element)
     floats = ["mass_ptr"]
     floats += ["grad_q_ptr" if split else "sums_ptr"] * (not options["ONE_BLOCK"]) + ["affine_ptr"] * norm

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device_of
-from .compile_check import Case
+from ._launch import on_device_of, readable
+from .compile_check import Case, pointer_to
 from .slot_attention_plain import padded_queries
 
 ENOUGH_PROGRAMS = 528  # two for each of up to 132 multiprocessors, twice
@@ -218,17 +218,6 @@ def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
     return tensors if alike else [x.contiguous() for x in tensors]
 
 
-def readable(x: Tensor) -> Tensor:
-    """`x` (..., rows, channels) as the kernels read it: channels next to each other, offsets of a matrix in 32 bits."""
-    near = (x.shape[-1] == 1 or x.stride(-1) == 1) and x.shape[-2] * x.stride(-2) < 2**31
-    return x if near else x.contiguous()
-
-
-def element_type(dtype: torch.dtype) -> str:
-    """Triton's name of a pointer to `dtype`, for compile cases."""
-    return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-
-
 def compile_cases() -> Iterator[Case]:
     """The configurations that `compile_check` compiles: one call, the decoder's blocks, keys' and values' gradients."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -253,7 +242,7 @@ def _compile_case(
 ) -> Case:
     padded = padded_queries(num_queries)
     options = _launch_options(padded, num_tokens, dim, dtype, one_entry=calls == 1, norm=norm)
-    element = element_type(dtype)
+    element = pointer_to(dtype)
     tuples = dict.fromkeys(("coefficients_ptrs", "q_ptrs", "grad_out_ptrs"), (element,) * calls)
     if norm:
         tuples |= {"affine_ptrs": ("*fp32",) * calls}
