@@ -29,6 +29,16 @@ def test_decoder_configurations_compile() -> None:
     assert "7 configurations, 0 failed" in result.stdout
 
 
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_launched_kernels_compile(arch: str) -> None:
+    """As Triton specialises them in real calls of the decoder, rather than as the compile check describes them."""
+    script = ROOT / "tests" / "kernels" / "launches.py"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, str(script), arch], env=env, capture_output=True, text=True, timeout=230)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" 0 bytes spilled") >= 10, result.stdout
+
+
 def test_slow_compilation_fails() -> None:
     result = compile_check("--arch", "90", "--only", "bfloat16 T=1 D=16", "--timeout", "0.001")
     assert result.returncode == 1

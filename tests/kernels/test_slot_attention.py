@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from eclip.kernels import slot_attention_backward_kernels as backward_kernels
 from eclip.kernels import slot_attention_core as module
 from eclip.kernels import slot_attention_kernels as forward_kernels
 from eclip.kernels.slot_attention import (
@@ -318,6 +319,19 @@ def test_few_images_split_their_tokens(
     for normalize in ("mean", "den"):
         absorbed = ours_absorbed(slot_attention_absorbed)
         check(path, absorbed, eager_absorbed, inputs, dtype, normalize=normalize)
+
+
+@pytest.mark.parametrize("generation", [8, 10])
+def test_blocks_of_other_generations(
+    interpreter: torch.device, monkeypatch: pytest.MonkeyPatch, generation: int
+) -> None:
+    """Block sizes depend on the GPU; everywhere else the interpreter takes those of Hopper."""
+    for launcher in (forward_kernels, backward_kernels):
+        monkeypatch.setattr(launcher, "gpu_generation", lambda _: generation)
+    for queries in (8, 20, 64):
+        check(interpreter, slot_attention, eager, kv_inputs(1, queries, 150, 64), torch.bfloat16, normalize="mean")
+        inputs = absorbed_inputs(1, queries, 150, 32, 96)
+        check(interpreter, ours_absorbed(slot_attention_absorbed), eager_absorbed, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,0 +1,96 @@
+"""Compile what the launchers of slot attention launch, on a machine without a GPU: python tests/kernels/launches.py 90
+
+`compile_check` compiles each kernel with argument types written by hand. Here Triton specialises the arguments of real
+calls (strides, counts equal to 1, absent pointers), and ptxas may then use registers differently. Prints a line a
+kernel; exits with 1 if one spills.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from eclip.kernels import slot_attention_backward_kernels as backward
+from eclip.kernels import slot_attention_kernels as forward
+from eclip.kernels.compile_check import SHARED_MEMORY
+
+# Name: B, H, G, N, T, D, separate values, calls that share the tokens.
+CALLS = {
+    "decoder": (1000, 1, 1, 196, 20, 768, False, 6),
+    "demo": (8, 1, 1, 144, 8, 384, False, 2),
+    "12 heads": (200, 12, 12, 196, 20, 64, True, 1),
+}
+spilled = 0
+
+
+class NoDevice:
+    """As much of a Triton driver as compiling takes."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(kernel: Any, grid: Any) -> Any:
+    """What `kernel[grid]` becomes: a call that compiles, reports and does not launch."""
+
+    def call(*args: Any, **options: Any) -> None:
+        global spilled
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel.warmup(*args, grid=grid, **options)
+        found = re.search(r"(\d+) bytes spill stores.*\n.*Used (\d+) registers", log.getvalue())
+        if found:  # a kernel that was compiled a moment ago has no log
+            spilled += int(found[1])
+            print(f"  {kernel.fn.__name__}: {found[2]} registers, {found[1]} bytes spilled", flush=True)
+
+    return call
+
+
+def call_all(batch: int, heads: int, groups: int, n: int, t: int, d: int, separate: bool, calls: int) -> None:
+    """Forward with the entropy, then backward and the tokens' gradient, as core and its autograd call them."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q, k, v = empty(batch, heads, t, d), empty(batch, groups, n, d), empty(batch, groups, n, d) if separate else None
+    out, mass, *_ = forward.triton_forward(q, k, v, None, None, 0.1, "den", 1e-6, None, False, True)
+    grad_entropy = empty(batch, heads, dtype=torch.float32)
+    grads = (empty(*out.shape), None, None, grad_entropy)
+    *_, coefficients, _ = backward.triton_backward(*grads, q, k, v, None, None, mass, out, 0.1, "den", 1e-6, None, True)
+    for which in ("queries", "grad_outs") if separate else ("both",):
+        backward.triton_token_gradients([coefficients] * calls, [q] * calls, [grads[0]] * calls, [], k, which)
+
+
+def main() -> int:
+    JITFunction.__getitem__ = compile_only
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    arch = int(sys.argv[1])  # one a process: Triton keeps what it compiled for device 0
+    driver.set_active(NoDevice(arch))
+    forward.shared_memory = lambda _: SHARED_MEMORY[arch]
+    forward.multiprocessors = lambda _: 108
+    forward.gpu_generation = backward.gpu_generation = lambda _: arch // 10
+    for name, sizes in CALLS.items():
+        print(name, flush=True)
+        call_all(*sizes)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
