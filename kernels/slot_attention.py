@@ -241,10 +241,10 @@ def share_tokens(tokens: Tensor, uses: int, *, num_queries: int, num_heads: int 
         for block, port in zip(blocks, ports):
             slots = slot_attention_absorbed(..., tokens, ..., port=port)
 
-    The gradient of what was passed in comes back through the ports that were used, each for one call: two calls on one
-    port would have a wrong gradient. num_queries, num_heads: those of the calls. Works under activation checkpointing
-    (use_reentrant=False), FSDP2 and torch.compile. Raises ValueError when tokens are not (B, N, C) or a count is not
-    positive.
+    The gradient of what was passed in comes back through the ports that were used, each by one call: a second one
+    raises ValueError, or has a wrong gradient where that cannot be seen (compiled, FSDP2). num_queries, num_heads:
+    those of the calls. Works under activation checkpointing (use_reentrant=False), FSDP2 and torch.compile. Raises
+    ValueError when tokens are not (B, N, C) or a count is not positive.
     """
     require(tokens.dim() == 3, f"tokens have shape {tuple(tokens.shape)}; (B, N, C) is needed")
     require(

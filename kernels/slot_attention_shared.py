@@ -89,6 +89,18 @@ class _SharedCore(torch.autograd.Function):
         return grad_q, None, grad_bias if ctx.needs_input_grad[2] else None, *port, *(None,) * 7
 
 
+def _claim(port: TokenPort) -> None:
+    """Raise ValueError if another call has the port: the sum of two calls' factors is no factor of the sum.
+
+    A recomputation during backward is the same call. Compiled code is not checked, nor are ports that FSDP2 passed on.
+    """
+    if torch.compiler.is_compiling() or not port.coefficients.requires_grad or torch._C._current_graph_task_id() != -1:
+        return
+    if getattr(port.coefficients, "claimed", False):
+        raise ValueError("this port served another call already; ask share_tokens for one per call (`uses`)")
+    port.coefficients.claimed = True  # type: ignore[attr-defined]
+
+
 def core_into_port(
     q: Tensor,
     tokens: Tensor,
@@ -103,6 +115,7 @@ def core_into_port(
     port: TokenPort,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`core(q, tokens (B, 1, N, D), None, ...)`, but the gradient of the tokens goes to `port`."""
+    _claim(port)
     output: tuple[Tensor, Tensor, Tensor, Tensor] = _SharedCore.apply(
         q, tokens.detach(), bias, *port, mask, scale, normalize, eps, norm_eps, return_map, return_entropy
     )

@@ -557,6 +557,10 @@ def test_mistakes_with_ports_are_named() -> None:
         slot_attention_absorbed(q, tokens, *weights, num_heads=2, port=port)
     with pytest.raises(ValueError, match="pass those that share_tokens returned"):
         slot_attention_absorbed(q, x.requires_grad_(), *weights, port=port)
+    tokens, (port,) = share_tokens(x.detach().requires_grad_(), 1, num_queries=4)
+    slot_attention_absorbed(q, tokens, *weights, port=port)
+    with pytest.raises(ValueError, match="this port served another call already"):
+        slot_attention_absorbed(q, tokens, *weights, port=port)
     with pytest.raises(ValueError, match="uses=0"):
         share_tokens(x, 0, num_queries=4)
     with pytest.raises(ValueError, match=r"tokens have shape \(7, 12\)"):
