@@ -15,10 +15,18 @@ import torch
 PROVIDERS = ("eager", "compile", "ours")
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of `function` for fixed shapes; skips the test on a CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.compile is timed on GPUs only: on a CPU its first call takes 12 s and nothing is learned")
+    torch._dynamo.reset()  # else a new shape compiles a dynamic-shape kernel, slower than the one it stands for
+    return torch.compile(function, dynamic=False)
+
+
 def provide(provider: str, *, ours: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """The callable that `provider` names: the public op, or its reference eagerly or compiled.
 
-    Skips the test for "compile" on a CPU, where the first call takes 12 s and nothing is learned.
+    Skips the test for "compile" on a CPU.
     Raises ValueError for a name not in PROVIDERS.
     """
     if provider == "ours":
@@ -26,8 +34,5 @@ def provide(provider: str, *, ours: Callable[..., Any], reference: Callable[...,
     if provider == "eager":
         return reference
     if provider == "compile":
-        if not torch.cuda.is_available():
-            pytest.skip("torch.compile is timed on GPUs only")
-        torch._dynamo.reset()  # else a new shape compiles a dynamic-shape kernel, slower than the one it stands for
-        return torch.compile(reference, dynamic=False)
+        return compiled(reference)
     raise ValueError(f"provider={provider!r}; choose one of {', '.join(PROVIDERS)}")

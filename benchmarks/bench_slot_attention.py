@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import compiled
 from benchmarks.conftest import ON_GPU, Bench
 from benchmarks.goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
 from benchmarks.slot_attention_baselines import (
@@ -113,13 +114,6 @@ def note_errors(bench: Bench, expected: dict[str, Tensor], found: dict[str, Tens
             miss = found[name][: len(want)].double() - want
             errors[name] = float(miss.abs().max() / want.abs().max())
     bench.note(error=max(errors.values()), errors=errors)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    if not ON_GPU:
-        pytest.skip("torch.compile is timed on GPUs only: on a CPU its first call takes 12 s and nothing is learned")
-    torch._dynamo.reset()  # else a new shape compiles a dynamic-shape kernel, slower than the one it stands for
-    return torch.compile(function, dynamic=False)
 
 
 def block_cells() -> Iterator[tuple[str, str, str]]:

@@ -34,7 +34,6 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-KERNEL_FILES = ("slot_attention", "contrastive_kernels")
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 

@@ -3,41 +3,21 @@
 Paper sizes at one image: every number is proportional to the images. Bytes do not depend on the device.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.activations import kept_for_backward
-from benchmarks.slot_attention_baselines import eager_decoder, eager_with_map, entropy
+from benchmarks.bench_slot_attention import six_blocks
+from benchmarks.slot_attention_baselines import eager_decoder
 from eclip.config import ModelConfig
-from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
 from eclip.model.instance_decoder import InstanceDecoder
 
 N, T, D, BLOCKS = 196, 20, 768, 6
 SHARE = 0.15
-Attend = Callable[[Tensor, list[tuple[Tensor, Tensor, Tensor]]], list[Tensor]]
 
 
-def eager(tokens: Tensor, calls: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    found = [eager_with_map(q, tokens, w_key, w_value, 1) for q, w_key, w_value in calls]
-    return [x for out, assignment in found for x in (out, entropy(assignment))]
-
-
-def ours(tokens: Tensor, calls: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    return [x for call in calls for x in slot_attention_absorbed(call[0], tokens, *call[1:], return_entropy=True)]
-
-
-def ours_sharing(tokens: Tensor, calls: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    tokens, ports = share_tokens(tokens, len(calls), num_queries=T)
-    found = []
-    for (q, w_key, w_value), port in zip(calls, ports, strict=True):
-        found += slot_attention_absorbed(q, tokens, w_key, w_value, return_entropy=True, port=port)
-    return found
-
-
-def saved_by_six_blocks(attend: Attend, device: torch.device) -> int:
+def saved_by_six_blocks(provider: str, device: torch.device) -> int:
     """Bytes kept besides the tokens and the weights. Each block makes its own queries, so these count."""
 
     def leaf(*shape: int) -> Tensor:
@@ -45,9 +25,9 @@ def saved_by_six_blocks(attend: Attend, device: torch.device) -> int:
 
     torch.manual_seed(0)
     tokens = leaf(1, N, D)
-    calls = [(leaf(1, T, D), leaf(D, D), leaf(D, D)) for _ in range(BLOCKS)]
-    weights = [weight for call in calls for weight in call[1:]]
-    return kept_for_backward(lambda: attend(tokens, calls), [tokens, *weights])
+    queries = [leaf(1, T, D) for _ in range(BLOCKS)]
+    weights = [leaf(D, D) for _ in range(2 * BLOCKS)]
+    return kept_for_backward(lambda: six_blocks(provider, tokens, *queries, *weights), [tokens, *weights])
 
 
 def saved_by_decoder(kernel: bool, device: torch.device) -> int:
@@ -65,10 +45,10 @@ def saved_by_decoder(kernel: bool, device: torch.device) -> int:
     return kept_for_backward(decode, given)
 
 
-@pytest.mark.parametrize("attend", [ours, ours_sharing])
-def test_six_blocks_keep_their_queries_and_nothing_of_the_tokens_size(attend: Attend, device: torch.device) -> None:
+@pytest.mark.parametrize("provider", ["ours", "ours, each"])
+def test_six_blocks_keep_their_queries_and_nothing_of_the_tokens_size(provider: str, device: torch.device) -> None:
     """Three rows of D a query: q, the same in token space, the mean of the tokens. Eager keeps keys and values."""
-    saved, of_eager = saved_by_six_blocks(attend, device), saved_by_six_blocks(eager, device)
+    saved, of_eager = saved_by_six_blocks(provider, device), saved_by_six_blocks("eager", device)
     keys_and_values = BLOCKS * 2 * N * D * 2
     assert of_eager >= keys_and_values
     assert saved <= SHARE * of_eager
@@ -78,5 +58,5 @@ def test_six_blocks_keep_their_queries_and_nothing_of_the_tokens_size(attend: At
 def test_decoder_keeps_as_much_less_as_its_slot_attention(device: torch.device) -> None:
     """FFN and self-attention among the queries keep the same on both sides, so the difference is slot attention's."""
     spared = saved_by_decoder(False, device) - saved_by_decoder(True, device)
-    blocks_spare = saved_by_six_blocks(eager, device) - saved_by_six_blocks(ours_sharing, device)
+    blocks_spare = saved_by_six_blocks("eager", device) - saved_by_six_blocks("ours", device)
     assert spared == pytest.approx(blocks_spare, rel=0.02)

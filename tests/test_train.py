@@ -112,11 +112,12 @@ def test_resume_after_a_kill_drops_the_steps_after_the_checkpoint(
 
 
 def test_two_ranks_give_the_losses_of_one(data_dir: Path, tmp_path: Path) -> None:
-    """FSDP2 over gloo; then a resume of the two-rank run by one process."""
+    """FSDP2 over gloo, with decoder blocks that share the tokens' gradient; then one process resumes the two's run."""
     alone, two = tmp_path / "alone", tmp_path / "two"
-    assert train(_config(data_dir, alone, steps=8), ALONE)
+    model = dataclasses.replace(PRESETS["debug"].model, decoder_depth=3)
+    assert train(_config(data_dir, alone, steps=8, model=model), ALONE)
     flags = ["--preset", "debug", "--steps", "8", "--data-dir", str(data_dir), "--run-dir", str(two)]
-    flags += ["--checkpoint-every", "4", "--no-evaluate"]
+    flags += ["--checkpoint-every", "4", "--no-evaluate", "--decoder-depth", "3"]
     output = run_torchrun("-m", "eclip.train", *flags, timeout=240)
     assert "on 2 x CPU" in output
     assert "terminate called" not in output
@@ -128,7 +129,7 @@ def test_two_ranks_give_the_losses_of_one(data_dir: Path, tmp_path: Path) -> Non
 
     assert_same_losses()
     shutil.rmtree(two / "checkpoints" / "step_00000008")
-    assert train(_config(data_dir, two, steps=8, resume=True), ALONE)
+    assert train(_config(data_dir, two, steps=8, model=model, resume=True), ALONE)
     assert_same_losses()
 
 
