@@ -8,8 +8,9 @@ local memory, exceeds the chip's shared memory, lacks the tensor-core instructio
 it promises full precision, does not compile, or takes longer than the timeout (a kernel that spills badly compiles for
 4-17 s).
 
-Every file of this folder that decorates a kernel defines `compile_cases() -> Iterator[Case]`, and is found by that. The
-check needs a process of its own, started without TRITON_INTERPRET: Triton decides between the two at decoration.
+The files of this folder that launch kernels define `compile_cases() -> Iterator[Case]`, and are found by that; a file
+whose kernels are in no case is an error. The check needs a process of its own, started without TRITON_INTERPRET: Triton
+decides between the two at decoration.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -156,15 +157,22 @@ def compile_within(case: Case, arch: int, timeout: float) -> Report | str:
         process.join()
 
 
-def all_cases(only: str = "") -> Iterator[Case]:
-    """The cases of every kernel file whose name contains `only`."""
+def all_cases(only: str = "") -> list[Case]:
+    """The cases of this folder whose name contains `only`."""
     own = Path(__file__)
+    cases: list[Case] = []
+    with_kernels = set()
     for file in sorted(own.parent.glob("*.py")):
-        if file.name == own.name or "@triton.jit" not in file.read_text():
+        name, text = f"{__package__}.{file.stem}", file.read_text()
+        if file.name == own.name:
             continue
-        for case in importlib.import_module(f"{__package__}.{file.stem}").compile_cases():
-            if only in case.name:
-                yield case
+        if "def compile_cases(" in text:
+            cases += importlib.import_module(name).compile_cases()
+        if "@triton.jit" in text:
+            with_kernels.add(name)
+    unchecked = with_kernels - {case.kernel.fn.__module__ for case in cases}
+    assert not unchecked, f"no compile case for a kernel of {', '.join(sorted(unchecked))}"
+    return [case for case in cases if only in case.name]
 
 
 def main(argv: list[str] | None = None) -> int:

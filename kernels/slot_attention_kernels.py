@@ -1,10 +1,10 @@
-"""The Triton forward of slot attention: which kernel runs, over how many programs, and the kernel for every case.
+"""The Triton forward of slot attention: which kernel runs, and over how many programs.
 
 A program holds the outputs of one image and head: a tile of tokens gives the scores of all T queries, their softmax,
 and its share of s and A^T v; nothing grows with N. The kernel of slot_attention_one_pass.py does so for half-precision
-tokens that are keys and values, the model's case. The one here takes any input with T <= 64 and D <= 1024, but a slice
-of the channels a program, with the scores computed anew for each. Few images leave most of the GPU idle: their tokens
-then split over several programs, whose sums `_combine_kernel` adds; in a fixed order, so that results repeat.
+tokens that are keys and values, the model's case, that of slot_attention_general.py for all others. Few images leave
+most of the GPU idle: their tokens then split over several programs, whose sums `_combine_kernel` adds; in a fixed
+order, so that results repeat.
 """
 
 import functools
@@ -17,158 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, gpu_generation, on_device_of, readable
+from ._launch import gpu_generation, on_device_of, readable
 from .compile_check import Case
-from .slot_attention_one_pass import (
-    _slot_attention_one_pass_fwd_kernel,
-    forward_case,
-    one_pass_options,
-    over_tokens,
-    softmax_over_queries,
-)
+from .slot_attention_general import over_tokens, slot_attention_fwd_kernel
+from .slot_attention_one_pass import forward_case, one_pass_options, slot_attention_one_pass_fwd_kernel
+from .slot_attention_plain import padded_queries
 
 COMBINE_BLOCK = 256  # channels a program of `_combine_kernel`
-
-
-@triton.jit
-def _slot_attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    mask_ptr,
-    out_ptr,
-    mass_ptr,
-    map_ptr,
-    entropy_ptr,
-    value_sum_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    k_stride_b,
-    k_stride_g,
-    k_stride_n,
-    v_stride_b,
-    v_stride_g,
-    v_stride_n,
-    num_heads,
-    heads_per_group,
-    num_queries,
-    num_tokens,
-    split_tokens,
-    dim,
-    scale,
-    eps,
-    norm_eps,
-    NORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    STORE_MAP: tl.constexpr,
-    STORE_ENTROPY: tl.constexpr,
-    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for `_combine_kernel`
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # channels of one step of the scores' sum
-    BLOCK_V: tl.constexpr,  # channels of the output that this program owns
-):
-    row = tl.program_id(0).to(tl.int64)  # image * num_heads + head; B * T * D elements pass 2**31 in real batches
-    image = row // num_heads
-    head = row % num_heads
-    group = head // heads_per_group
-    t = tl.arange(0, BLOCK_T)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    leads = tl.program_id(1) == 0  # stores what does not depend on the channels
-    split = tl.program_id(2)
-    query_in = t < num_queries
-    channel_in = channel < dim
-    # Padded and absent queries take no share of the softmax over queries.
-    present = query_in
-    if HAS_MASK:
-        present &= tl.load(mask_ptr + image * num_queries + t, mask=query_in, other=0) != 0
-    bias = tl.zeros((BLOCK_T,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + row * num_queries + t, mask=query_in, other=0.0) * LOG2E
-    bias = tl.where(present, bias, float("-inf"))
-
-    q_rows = q_ptr + image * q_stride_b + head * q_stride_h + t.to(tl.int64)[:, None] * q_stride_t + d[None, :]
-    k_base = k_ptr + image * k_stride_b + group * k_stride_g
-    v_base = v_ptr + image * v_stride_b + group * v_stride_g
-    out = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    mass = tl.zeros((BLOCK_T,), tl.float32)
-    mean_part = tl.zeros((BLOCK_T,), tl.float32)  # sum_n of what the tokens' means contribute to A^T v
-    value_sum = tl.zeros((BLOCK_V,), tl.float32)
-    entropy = tl.zeros((BLOCK_N,), tl.float32)  # in bits
-    map_rows = map_ptr + row * num_queries * num_tokens
-    first = split * split_tokens
-    last = tl.minimum(first + split_tokens, num_tokens)
-    for start in range(first, last, BLOCK_N):
-        token = start + n
-        token_in = token < last
-        k_rows = k_base + token.to(tl.int64)[:, None] * k_stride_n + d[None, :]
-        scores = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        query_sum = tl.zeros((BLOCK_T,), tl.float32)
-        mean = tl.zeros((BLOCK_N,), tl.float32)
-        squares = tl.zeros((BLOCK_N,), tl.float32)
-        for offset in range(0, dim, BLOCK_D):
-            in_dim = (offset + d < dim)[None, :]
-            q = tl.load(q_rows + offset, mask=query_in[:, None] & in_dim, other=0.0)
-            k = tl.load(k_rows + offset, mask=token_in[:, None] & in_dim, other=0.0)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-            if HAS_NORM:
-                # A chunk's mean and squares, joined to those so far (Chan et al. 1979): exact at any offset.
-                raw = k.to(tl.float32)
-                count = tl.minimum(dim - offset, BLOCK_D)
-                chunk_mean = tl.sum(raw, 1) / count
-                centred = tl.where(in_dim, raw - chunk_mean[:, None], 0.0)
-                gap = chunk_mean - mean
-                share = count / (offset + count)
-                squares += tl.sum(centred * centred, 1) + gap * gap * offset * share
-                mean += gap * share
-                query_sum += tl.sum(q.to(tl.float32), 1)
-        if HAS_NORM:
-            rstd = tl.rsqrt(squares / dim + norm_eps)
-            scores = (scores - query_sum[:, None] * mean[None, :]) * rstd[None, :]
-        assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[:, None], 0)
-        assignment = tl.where(token_in[None, :], assignment, 0.0)
-        mass += tl.sum(assignment, 1)
-        if STORE_ENTROPY:
-            entropy += tl.where(token_in, tl.sum(terms, 0), 0.0)
-        if STORE_MAP:
-            entry = t[:, None] * num_tokens + token[None, :]
-            tl.store(map_rows + entry, assignment, mask=(query_in[:, None] & token_in[None, :]) & leads)
-        v_rows = v_base + token.to(tl.int64)[:, None] * v_stride_n + channel[None, :]
-        v = tl.load(v_rows, mask=token_in[:, None] & channel_in[None, :], other=0.0)
-        if HAS_NORM:
-            # (v - mean) rstd, with rstd in the weights. The correction uses the weights as the dot rounds them: else
-            # their rounding times the mean stays in the result (bf16, mean at 5 sigma: error 6.9e-3, not 3.1e-3).
-            rounded = (assignment * rstd[None, :]).to(v.dtype)
-            mean_part += tl.sum(rounded.to(tl.float32) * mean[None, :], 1)
-        else:
-            rounded = assignment.to(v.dtype)
-        out = tl.dot(rounded, v, out, input_precision=PRECISION)
-        if NORMALIZE == "mean":
-            values = v.to(tl.float32)
-            if HAS_NORM:
-                values = tl.where(token_in[:, None], (values - mean[:, None]) * rstd[:, None], 0.0)
-            value_sum += tl.sum(values, 0)
-
-    if HAS_NORM:
-        out -= mean_part[:, None]
-    part = split * tl.num_programs(0) + row  # row, unless PARTIAL
-    if not PARTIAL:
-        out = over_tokens(out, mass[:, None], value_sum[None, :], num_tokens, eps, NORMALIZE)
-        out = tl.where(present[:, None], out, 0.0)
-    elif NORMALIZE == "mean":
-        tl.store(value_sum_ptr + part * dim + channel, value_sum, mask=channel_in)
-    out_rows = out_ptr + (part * num_queries + t[:, None]) * dim + channel[None, :]
-    tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & channel_in[None, :])
-    tl.store(mass_ptr + part * num_queries + t, mass, mask=query_in & leads)
-    if STORE_ENTROPY:
-        tl.store(entropy_ptr + part, tl.sum(entropy, 0) / LOG2E, mask=leads)
 
 
 @triton.jit
@@ -220,7 +75,7 @@ def _launch_options(
     """
     full = dtype == torch.float32  # at full precision the tensor cores are out, and operands sit in registers
     extras = norm or normalize == "mean"  # statistics and the plain sum of the values live beside the accumulator
-    block_t = max(16, triton.next_power_of_2(num_queries))
+    block_t = padded_queries(num_queries)
     block_v = min(max(32 if full else 16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
     narrow = block_v <= 64  # room for more tokens a step
     # Tuned for no spills only: in full precision, 32 channels with the sum of the values beside them are too many.
@@ -316,12 +171,12 @@ def triton_forward(
     with on_device_of(q):
         if one_pass:
             query_sum = q.sum(-1, dtype=torch.float32).contiguous() if norm else None
-            _slot_attention_one_pass_fwd_kernel[(batch * heads, splits)](
+            slot_attention_one_pass_fwd_kernel[(batch * heads, splits)](
                 q, k, bias, mask, query_sum, *outputs, *strides, *numbers, **flags, **options
             )
         else:
             strides += values.stride()[:3]
-            _slot_attention_fwd_kernel[(batch * heads, slices, splits)](
+            slot_attention_fwd_kernel[(batch * heads, slices, splits)](
                 q, k, values, bias, mask, *outputs, *strides, *numbers, **flags, **options
             )
         if partial:
@@ -377,7 +232,7 @@ def compile_cases() -> Iterator[Case]:
     ):
         normalize = "mean" if optional else "den"
         options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize, generation=generation or 9)
-        kernel = _slot_attention_fwd_kernel
+        kernel = slot_attention_fwd_kernel
         case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional)
         yield replace(case, generation=generation)
     yield Case(

@@ -16,44 +16,12 @@ import triton.language as tl
 
 from ._launch import LOG2E
 from .compile_check import SHARED_MEMORY, Case, pointer_to
-
-# --- What both forward kernels do with scores and sums ----------------------------------------------------------------
-
-
-@triton.jit
-def softmax_over_queries(scores, AXIS: tl.constexpr):
-    """A = 2^scores / total over the queries along AXIS, and -A log2 A. A score of -inf: an absent query."""
-    top = tl.max(scores, AXIS, keep_dims=True)
-    top = tl.where(top == float("-inf"), 0.0, top)  # an image without a single query
-    centred = scores - top
-    exps = tl.exp2(centred)
-    total = tl.sum(exps, AXIS, keep_dims=True)
-    total = tl.where(total == 0.0, 1.0, total)
-    assignment = exps / total
-    # Below 2^-150 A is 0, whatever it is multiplied with; only -inf would make that a NaN.
-    return assignment, assignment * (tl.log2(total) - tl.maximum(centred, -1000.0))
+from .slot_attention_general import over_tokens, softmax_over_queries
+from .slot_attention_plain import padded_queries
 
 
 @triton.jit
-def over_tokens(sums, mass, value_sum, num_tokens, eps, NORMALIZE: tl.constexpr):
-    """W^T V from A^T V, the mass s and sum_n v_n, which broadcast to it.
-
-    eps, mass and their quotient stay fp32: 1e-8 is 0 in fp16 and a query without tokens would give 0 / 0.
-    """
-    if NORMALIZE == "mean":
-        sums = (sums + eps * value_sum) / (mass + num_tokens * eps)
-    elif NORMALIZE == "den":
-        sums = sums / (mass + eps)
-    elif NORMALIZE == "l1max":
-        sums = sums / tl.maximum(mass, eps)
-    return sums
-
-
-# --- The kernel -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _slot_attention_one_pass_fwd_kernel(
+def slot_attention_one_pass_fwd_kernel(
     q_ptr,
     k_ptr,
     bias_ptr,
@@ -221,7 +189,7 @@ def one_pass_options(
 ) -> dict[str, Any] | None:
     """Blocks, warps and stages, so that nothing spills and a block fits; None where the kernel does not apply."""
     warps, spare = 8, norm or normalize == "mean"
-    block_t = max(16, triton.next_power_of_2(num_queries + spare))
+    block_t = padded_queries(num_queries + spare)
     if dtype == torch.float32 or block_t > 32 or not 64 < dim <= 1024:
         return None
     # As little padding as possible: D = 384 as 3 x 128, 768 as 3 x 256.
@@ -270,7 +238,7 @@ def compile_cases() -> Iterator[Case]:
                 limit=SHARED_MEMORY[10 * generation],
             )
             assert options is not None
-            kernel = _slot_attention_one_pass_fwd_kernel
+            kernel = slot_attention_one_pass_fwd_kernel
             case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional, partial=partial)
             yield replace(case, generation=generation)
 

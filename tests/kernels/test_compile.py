@@ -55,7 +55,7 @@ def test_mistakes_are_named(args: tuple[str, ...], interpret: bool, message: str
 
 
 def test_faults() -> None:
-    case = next(iter(all_cases("slot_attention")))
+    case = all_cases("slot_attention")[0]
     clean = {"registers": 200, "spilled": 0, "local": 0, "shared": 170000, "tensor": {"HMMA": 40}, "seconds": 1.0}
     assert not Report(**clean).faults(case, 90)
     assert "exceeds sm_80's 166912" in Report(**clean).faults(case, 80)[0]
