@@ -1,61 +1,240 @@
-"""The contrastive loss, forward and forward with backward, against the reference that builds the B x B matrix.
+"""The contrastive loss against plain PyTorch and, where they are installed, published packages.
 
-Counted: FLOPs as multiples of u = 2 B^2 D, 1u forward and 4u with backward (logits again, then one product a tower);
-bytes as both towers read once, and read again with their gradients written once. Features are random unit vectors.
+Providers are those of contrastive_baselines.py; `eager` builds the B x B logits in the features' dtype and takes both
+softmaxes in float32. A package that is not installed is skipped, and so is a row that would not fit: `eager` and its
+like where their B x B matrices exceed the free memory, anyone whose last batch predicts, at four times the time for
+twice the batch, more than a second a call. `ours` alone runs a million pairs, once.
+
+Features are normalised, of a decaying spectrum, and paired, so that probabilities are neither 0 nor 1, as in training:
+of 32768 pairs with 512 features, a pair's cosine is 0.41 ± 0.08 and the loss 0.8 at scale 50 and 0.9 at scale 100.
+
+Counted for every provider alike, whatever it spends: FLOPs as 1u forward and 4u with backward, u = 2 B^2 D, the least
+that two-sided InfoNCE needs where logits are made again (logits twice, then one product a tower); one direction with
+fixed keys needs 3u. Bytes: both towers read once, with backward again, and their gradients written.
+
+error: largest miss against float64 (contrastive_exact.py) relative to the largest exact value, forward that of the
+loss, else the worst of `errors`: features' gradients at 256 rows, the scale's gradient. rms_error: root mean square of
+the features' miss over that of the exact gradient, the worse tower; rms_rounding: the same for the exact gradient
+rounded to the features' dtype, which none that returns that dtype is likely to beat.
 """
 
-from typing import Any
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines import PROVIDERS, provide
-from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from benchmarks.conftest import ON_GPU, Bench
+from benchmarks.contrastive_baselines import PROVIDERS, Loss, Provider, eager_fixed_keys, eager_soft
+from benchmarks.contrastive_exact import Exact, exact_loss
+from benchmarks.contrastive_goals import BOTH, FIXED_KEYS, FORWARD, SOFT, label
+from eclip.kernels.contrastive_loss import contrastive_loss
 
-SIZES = ("small", "middle", "large")
-# torch.compile at one size alone: each shape costs it 10 s.
-CELLS = [(size, name) for size in SIZES for name in PROVIDERS if name != "compile" or size == "large"]
+SIZES = {"4k": 2**12, "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "1M": 2**20}
+SHRINK = 1 if ON_GPU else 256  # a CPU takes as many pairs fewer, and 64 features
+EXACT_UP_TO = "131k"  # float64 is 18 TFLOP there: about a second of an H200
+LONGEST_CALL = 1.0  # seconds that a call may be predicted to take
+ONCE = 2**20  # pairs from which a call takes seconds, and runs once
+SAMPLED = 256
+SPAN = {
+    "ours": ("4k", "1M"),
+    "compile": ("32k", "32k"),  # a compile takes 10 to 40 s
+    "reference": ("32k", "32k"),  # float32 products are slow
+    "cublas blocks": ("16k", "262k"),  # its block is 8192 wide
+}
+"""Least and largest batch, for those that do not run from 4k to 262k (131k with B x B matrices)."""
 
 
-def pick_features(bench: Any, size: str) -> tuple[Tensor, Tensor, str]:
-    """Normalised image and text features (B, D) of a named size, and its description."""
-    position = SIZES.index(size)
-    batch, dim = bench.pick(gpu=((4096, 16384, 32768)[position], 512), cpu=((64, 256, 512)[position], 64))
-    image, text = (bench.randn(batch, dim, dtype=torch.float32, seed=seed) for seed in (0, 1))
-    image, text = (F.normalize(x, dim=-1).to(bench.dtype) for x in (image, text))
-    return image, text, f"B={batch} D={dim}"
+class Case(NamedTuple):
+    """One row. The first four name the problem."""
+
+    size: str
+    dim: int
+    scale: float
+    op: str
+    provider: str
+
+    def __str__(self) -> str:
+        peer = "peer:" if PROVIDERS[self.provider].package else ""  # so that -k can choose them
+        return f"{self.op.split(' ', 1)[1]}-{self.size}-D{self.dim}-scale{self.scale:g}-{peer}{self.provider}"
+
+    @property
+    def batch(self) -> int:
+        return SIZES[self.size] // SHRINK
 
 
-@pytest.mark.parametrize("size, provider", CELLS)
-def test_forward(bench: Any, size: str, provider: str) -> None:
-    image, text, shape = pick_features(bench, size)
-    scale = torch.tensor(50.0, device=bench.device)
-    loss = provide(provider, ours=contrastive_loss, reference=contrastive_loss_reference)
-    bench(
-        lambda: loss(image, text, scale),
-        op="contrastive_loss forward",
-        provider=provider,
-        shape=shape,
-        bytes=image.nbytes + text.nbytes,
-        flops=2 * len(image) ** 2 * image.shape[1],
+def by_size() -> Iterator[Case]:
+    """Small batches first: a row's time predicts that of the next batch."""
+    for size, batch in SIZES.items():
+        for name, provider in PROVIDERS.items():
+            first, last = SPAN.get(name, ("4k", "131k" if provider.bytes_per_logit else "262k"))
+            if SIZES[first] <= batch <= SIZES[last]:
+                yield Case(size, 512, 50.0, BOTH, name)
+
+
+def cases() -> Iterator[Case]:
+    """Everything but ids."""
+    yield from by_size()
+    # The compiled logits are eager's: `compile` needs no accuracy row of its own.
+    yield from (Case("32k", 512, 100.0, BOTH, name) for name in PROVIDERS if name != "compile")
+    for dim in (768, 1024):
+        yield from (Case("32k", dim, 50.0, BOTH, name) for name in ("eager", "ours"))
+    yield from (Case("65k", 768, 50.0, BOTH, name) for name in ("cublas blocks", "ours"))
+    yield from (case._replace(op=FORWARD) for case in by_size() if case.size in ("4k", "32k", "131k"))
+
+
+# --- Problems ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def features(size: str, dim: int) -> tuple[Tensor, Tensor]:
+    """Image and text features (B, D) of a named size, the same each time; kept for the cases that follow on it."""
+    batch, dim = SIZES[size] // SHRINK, dim if ON_GPU else dim // 8
+    spectrum = torch.arange(1, dim + 1, device=Bench.device) ** -0.35
+    image, text, shared = (Bench.draw(batch, dim, dtype=torch.float32, seed=seed).mul_(spectrum) for seed in range(3))
+    image, text = (F.normalize(own.mul_(1.2).add_(shared), dim=1) for own in (image, text))
+    return image.to(Bench.dtype), text.to(Bench.dtype)
+
+
+def product_ids(batch: int) -> Tensor:
+    """Two rows in three share their id with another: catalogue entries of a batch."""
+    return torch.arange(batch, device=Bench.device) * 2 // 3
+
+
+def sampled_rows(batch: int) -> Tensor:
+    return torch.arange(0, batch, max(1, batch // SAMPLED), device=Bench.device)
+
+
+@functools.cache
+def exact(size: str, dim: int, scale: float, op: str) -> Exact:
+    image, text = features(size, dim)
+    sample = sampled_rows(len(image))
+    if op in (FORWARD, BOTH):
+        return exact_loss(image, text, scale, sample)
+    ids = product_ids(len(image))
+    if op == SOFT:
+        return exact_loss(image, text, scale, sample, ids=ids, positives="soft")
+    return exact_loss(image, text, scale, sample, ids=ids, positives="mask", both=False)
+
+
+def note_errors(bench: Bench, want: Exact, found: dict[str, Tensor]) -> None:
+    """`found`: the loss, or gradients by name; features' gradients of all rows."""
+    errors: dict[str, float] = {}
+    rms: dict[str, float] = {}
+    rounding: dict[str, float] = {}
+    for name, value in found.items():
+        target: Tensor = getattr(want, name)
+        if target.ndim:
+            value = value[sampled_rows(len(value))]
+            rms[name] = _rms(value.double() - target) / _rms(target)
+            rounding[name] = _rms(target.to(value.dtype).double() - target) / _rms(target)
+        errors[name] = float((value.double() - target).abs().max() / target.abs().max())
+    columns: dict[str, Any] = {"error": max(errors.values()), "errors": errors}
+    if rms:
+        columns |= {"rms_error": max(rms.values()), "rms_rounding": max(rounding.values())}
+    bench.note(**columns)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+# --- What does not run, and why ---------------------------------------------------------------------------------------
+
+measured: dict[tuple[str, str], tuple[int, float]] = {}
+"""(provider, op) -> batch and seconds of its last row with 512 features."""
+
+
+def skip_unless_it_fits(case: Case, provider: Provider) -> None:
+    if reason := provider.missing():
+        pytest.skip(reason)
+    if not ON_GPU:
+        return
+    matrices, free = provider.bytes_per_logit * case.batch**2, torch.cuda.mem_get_info()[0]
+    if matrices > free:
+        pytest.skip(
+            f"{case.provider} would hold {matrices / 1e9:.0f} GB of B x B matrices, {free / 1e9:.0f} GB are free"
+        )
+    batch, seconds = measured.get((case.provider, case.op), (case.batch, 0.0))
+    predicted = seconds * (case.batch / batch) ** 2
+    if predicted > LONGEST_CALL and case.batch < ONCE:
+        pytest.skip(f"{case.provider} would take {predicted:.1f} s a call: it took {seconds:.2f} s for {batch} pairs")
+
+
+def timed(bench: Bench, call: Callable[[], Any], case: Case, **columns: Any) -> Any:
+    """Time one call and record the row of `case`."""
+    image, text = features(case.size, case.dim)
+    towers, backward = image.nbytes + text.nbytes, case.op != FORWARD
+    work = {FORWARD: 1, FIXED_KEYS: 3}.get(case.op, 4)
+    result = bench(
+        call,
+        op=case.op,
+        provider=case.provider,
+        shape=label(len(image), image.shape[1], case.scale),
+        bytes=3 * towers if backward else towers,
+        flops=work * 2 * len(image) ** 2 * image.shape[1],
+        once=case.batch >= ONCE,
+        **columns,
     )
+    if bench.seconds and case.dim == 512:
+        measured[case.provider, case.op] = case.batch, bench.seconds
+    return result
 
 
-@pytest.mark.parametrize("positives", ["diagonal", "soft"])
-@pytest.mark.parametrize("size, provider", CELLS)
-def test_forward_backward(bench: Any, size: str, positives: str, provider: str) -> None:
-    image, text, shape = pick_features(bench, size)
-    scale = torch.tensor(50.0, device=bench.device)
-    loss = provide(provider, ours=contrastive_loss, reference=contrastive_loss_reference)
-    # Two rows in three share their id with another: catalogue entries of a batch.
-    ids = {} if positives == "diagonal" else {"image_ids": torch.arange(len(image), device=bench.device) * 2 // 3}
-    bench(
-        bench.backward(lambda i, t, s: loss(i, t, s, positives=positives, **ids), image, text, scale),
-        op=f"contrastive_loss forward+backward, {positives}",
-        provider=provider,
-        shape=shape,
-        bytes=3 * (image.nbytes + text.nbytes),
-        flops=4 * 2 * len(image) ** 2 * image.shape[1],
-    )
+# --- Benchmarks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_loss(bench: Bench, case: Case) -> None:
+    provider = PROVIDERS[case.provider]
+    skip_unless_it_fits(case, provider)
+    columns: dict[str, Any] = {}
+    if provider.package:
+        columns |= {"version": importlib.metadata.version(provider.package)}
+    if provider.remark:
+        columns |= {"remark": provider.remark}
+    loss = provider.load()
+    if case.op == FORWARD:
+        image, text = features(case.size, case.dim)
+        scale = torch.tensor(case.scale, device=bench.device) if provider.scale_gradient else case.scale
+        with torch.no_grad():
+            found = {"loss": timed(bench, lambda: loss(image, text, scale), case, **columns)}
+    else:
+        found = gradients(bench, loss, case, "" if provider.scale_gradient else "scale", **columns)
+    if SIZES[case.size] <= SIZES[EXACT_UP_TO]:
+        note_errors(bench, exact(case.size, case.dim, case.scale, case.op), found)
+
+
+def gradients(bench: Bench, loss: Loss, case: Case, without: str = "", **columns: Any) -> dict[str, Tensor]:
+    """Time forward and backward; return the gradients by name. `without`: the input that gets none."""
+    image, text = features(case.size, case.dim)
+    fixed: dict[str, Any] = {"image": image, "text": text, "scale": case.scale}
+    wanted = {name: torch.as_tensor(fixed[name], device=bench.device) for name in fixed if name != without}
+
+    def call(*leaves: Tensor) -> Tensor:
+        inputs = {**fixed, **dict(zip(wanted, leaves, strict=True))}
+        return loss(inputs["image"], inputs["text"], inputs["scale"])
+
+    one = torch.ones((), device=bench.device)
+    found = timed(bench, bench.backward(call, *wanted.values(), seeds=[one]), case, **columns)
+    return dict(zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("provider", ["eager", "ours"])
+@pytest.mark.parametrize("op", [SOFT, FIXED_KEYS])
+def test_ids(bench: Bench, op: str, provider: str) -> None:
+    case = Case("32k", 512, 50.0, op, provider)
+    ids = product_ids(case.batch)
+    if provider == "eager":
+        skip_unless_it_fits(case, PROVIDERS["eager"])
+        loss: Loss = functools.partial(eager_soft if op == SOFT else eager_fixed_keys, ids=ids)
+    elif op == SOFT:
+        loss = functools.partial(contrastive_loss, image_ids=ids, positives="soft")
+    else:
+        loss = functools.partial(contrastive_loss, image_ids=ids, positives="mask", sides="rows")
+    found = gradients(bench, loss, case, "" if op == SOFT else "text")
+    note_errors(bench, exact(case.size, case.dim, case.scale, op), found)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from benchmarks.baselines import compiled
 from benchmarks.conftest import ON_GPU, Bench
-from benchmarks.goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
 from benchmarks.slot_attention_baselines import (
     eager,
     eager_core,
@@ -37,6 +36,7 @@ from benchmarks.slot_attention_baselines import (
     entropy,
     kv_fused,
 )
+from benchmarks.slot_attention_goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
 from eclip.config import ModelConfig
 from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
 from eclip.kernels.slot_attention_core import core

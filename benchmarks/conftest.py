@@ -21,15 +21,16 @@ gradients, `.grad` untouched; `bench.backward_alone` runs the forward once and i
 graph that it left. `bench.saved(function, *inputs)` says what that graph keeps. `bench(...)` returns what the call
 returned, so a benchmark may check or `bench.note` an error: keyword arguments it does not know (`error=1e-3`) become
 columns of the record, and `images=n` adds images/s. One `bench(...)` call a test. Running out of the GPU's memory skips
-the test.
+the test. `once=True` is for calls that take seconds: a single one, timed and watched for its memory, without warm-up.
 
 What is measured. On a GPU: device time between two CUDA events around one replay of a CUDA graph of the call (plain
 launches with `graph=False`, for work on the host, or where capture fails; the row says which), the L2 cache
-overwritten before each of `rounds` rounds, after `warmup` calls; peak memory is what one call allocates above its
-inputs (and, for a backward alone, above what its forward kept). Bandwidth and bf16 matmul rate are measured in the same
-session: `copy_share` = bytes / time / bandwidth of a copy, and `share` = (the larger of bytes / bandwidth and flops /
-rate) / time, so that 100% means as fast as a copy or a matmul on this very device. On a CPU: wall clock, few rounds,
-small shapes, no roofline: such a row shows that the benchmark runs and nothing else, and says so.
+overwritten before each of `rounds` rounds (by default 30, or as many as take two seconds but at least 3), after
+`warmup` calls (of slow ones one); peak memory is what one call allocates above its inputs (and, for a backward alone,
+above what its forward kept). Bandwidth and bf16 matmul rate are measured in the same session: `copy_share` = bytes /
+time / bandwidth of a copy, and `share` = (the larger of bytes / bandwidth and flops / rate) / time, so that 100% means
+as fast as a copy or a matmul on this very device. On a CPU: wall clock, few rounds, small shapes, no roofline: such a
+row shows that the benchmark runs and nothing else, and says so.
 
 Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python -m benchmarks.report` makes the tables.
 """
@@ -50,6 +51,8 @@ from benchmarks.activations import kept_for_backward
 
 ON_GPU = torch.cuda.is_available()
 CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"
+ROUNDS, ROUNDS_SECONDS = 30, 2.0  # of a row on a GPU: whichever is reached first
+SLOW = 0.1  # seconds: a call that is warm after one
 
 
 class CudaTime:
@@ -113,6 +116,11 @@ def capture(call: Callable[[], Any], warmup: int) -> tuple[Callable[[], Any], st
         return result
 
     return replay, "graph"
+
+
+def rounds_for(seconds: float) -> int:
+    """How often to time a call that takes as long."""
+    return max(3, min(ROUNDS, int(ROUNDS_SECONDS / seconds)))
 
 
 def median_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
@@ -247,6 +255,7 @@ class Bench:
         rounds: int | None = None,
         warmup: int = 3,
         graph: bool = True,
+        once: bool = False,
         images: int | None = None,
         **columns: Any,
     ) -> Any:
@@ -257,26 +266,41 @@ class Bench:
         if not ON_GPU:
             info.update(device="cpu", timing="wall clock", note=CPU_NOTE)
             result = self._benchmark.pedantic(call, rounds=rounds or 3, warmup_rounds=1)
+        elif once:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = self._benchmark.pedantic(call, rounds=1)
+            torch.cuda.synchronize()
+            info.update(device=torch.cuda.get_device_name(), timing="one launch")
+            info.update(peak_bytes=torch.cuda.max_memory_allocated() - before)
         else:
             call()  # compiles, and fills the allocator's caches
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+            start = cuda_clock()
             result = call()
-            torch.cuda.synchronize()
+            seconds = cuda_clock() - start
             info.update(device=torch.cuda.get_device_name(), peak_bytes=torch.cuda.max_memory_allocated() - before)
             del result
+            warmup = 1 if seconds > SLOW else warmup
             replay, timing = capture(call, warmup) if graph else (call, "launches")
             info.update(timing=timing)
             # The flush also keeps the GPU busy while the CPU enqueues the round: no launch gap between the events.
             result = self._benchmark.pedantic(
-                replay, setup=self._overwrite_l2, rounds=rounds or 30, warmup_rounds=warmup
+                replay, setup=self._overwrite_l2, rounds=rounds or rounds_for(seconds), warmup_rounds=warmup
             )
-        if self._benchmark.stats:
+        if (median := self.seconds) is not None:
             if images:
-                info["images_per_s"] = images / self._benchmark.stats.stats.median
-            self._rate(self._benchmark.stats.stats.median, bytes, flops, info)
+                info["images_per_s"] = images / median
+            self._rate(median, bytes, flops, info)
         return result
+
+    @property
+    def seconds(self) -> float | None:
+        """Median of the rounds; None before they ran and with --benchmark-disable."""
+        return self._benchmark.stats.stats.median if self._benchmark.stats else None
 
     def _overwrite_l2(self) -> None:
         assert self._flush is not None

@@ -2,10 +2,11 @@
 
     python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] a.json b.json ...
 
-Writes <device>_<date>.md and .json. Goals come first (goals.py). A row is one benchmark; `x eager` is the eager
-reference's median over the row's, within one op, shape and dtype. Files that are missing or hold no benchmark are named
-in the page, not skipped silently, and so is every benchmark that failed or was skipped, where pytest also wrote its
-JUnit file beside the JSON (a.xml beside a.json).
+Writes <device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive_plot.py). Goals
+come first (goals.py). A row is one benchmark; `x eager` is the eager reference's median over the row's, within one op,
+shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently, and so is
+every benchmark that failed or was skipped, where pytest also wrote its JUnit file beside the JSON (a.xml beside
+a.json).
 """
 
 import argparse
@@ -16,11 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals
+from benchmarks import contrastive_goals, contrastive_plot, goals, slot_attention_goals
 
 Row = dict[str, Any]
 MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")
 """What is kept of pytest-benchmark's machine_info: not the host's name."""
+
+NAMED = 3  # benchmarks skipped for one reason, before the rest is a number
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, float], list[str]]:
@@ -65,7 +68,12 @@ def not_measured(junit: Path) -> list[str]:
                 reason = (outcome.get("message") or "no reason given").splitlines()[0][:200]
                 names.setdefault((outcome.tag, reason), []).append(f"`{case.get('name')}`")
     words = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-    return [f"{junit.stem}: {words[tag]} ({reason}): {', '.join(found)}" for (tag, reason), found in names.items()]
+    remarks = []
+    for (tag, reason), found in names.items():
+        if tag == "skipped" and len(found) > NAMED:
+            found[NAMED:] = [f"and {len(found) - NAMED} more"]
+        remarks.append(f"{junit.stem}: {words[tag]} ({reason}): {', '.join(found)}")
+    return remarks
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
@@ -144,6 +152,11 @@ def tests_line(paths: Iterable[Path]) -> str:
     return line + (f" {missing} of {len(suites)} shards left no result (stopped by the time limit)." if missing else "")
 
 
+def judge(rows: list[Row], device: str) -> list[goals.Goal]:
+    """The goals of every op that can be judged on `device`."""
+    return [*slot_attention_goals.judge(rows, device), *contrastive_goals.judge(rows, device)]
+
+
 def page(
     rows: list[Row],
     machine: dict[str, Any],
@@ -151,6 +164,7 @@ def page(
     remarks: list[str],
     tests: str,
     judged: list[goals.Goal],
+    plot: str | None,
 ) -> str:
     """The whole Markdown page."""
     device = machine.get("device", "unknown device")
@@ -174,6 +188,7 @@ def page(
         ]
     else:
         lines += ["On a CPU, small shapes: these rows show that the benchmarks run. No roofline is claimed.", ""]
+    lines += [f"![contrastive loss: time and memory against the batch]({plot})", ""] if plot else []
     for op in dict.fromkeys(r.get("op", "other") for r in rows):
         lines += [f"## {op}", "", table([r for r in rows if r.get("op", "other") == op]), ""]
     lines += [f"- {remark}" for remark in remarks]
@@ -187,10 +202,16 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="JUnit files of the tests marked gpu")
     args = parser.parse_args()
     rows, machine, roofline, remarks = read(args.files)
-    judged = goals.judge(rows, machine.get("device", "cpu"))
-    text = page(rows, machine, roofline, remarks, tests_line(args.tests), judged)
+    judged = judge(rows, machine.get("device", "cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}")
+    plot = args.out / f"{name}_contrastive_loss.png"
+    try:
+        drawn = contrastive_plot.draw(rows, machine, plot)
+    except ImportError as error:
+        remarks.append(f"no plot: {error}")
+        drawn = False
+    text = page(rows, machine, roofline, remarks, tests_line(args.tests), judged, plot.name if drawn else None)
     (args.out / f"{name}.md").write_text(text)
     found = [goal._asdict() for goal in judged]
     keep = {"machine": machine, "roofline": roofline, "goals": found, "remarks": remarks, "rows": rows}

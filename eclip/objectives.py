@@ -201,7 +201,7 @@ def compute_losses(
     cached = features or CachedFeatures(None, None)
     image_a = _encode_image(model, batch, cached, config, view=0, step=step, seed=seed)
     text_a = _encode_text(model, batch, cached, view=0)
-    loss_function = _loss_function(model, group)
+    loss_function = _loss_function(model, len(batch.product_ids), group)
     losses = {"itc": _image_text_loss(loss_function, model, image_a.cls, text_a, batch, config)}
     if config.objective == "eclip":
         assert momentum is not None, "the ECLIP objective needs the momentum model"
@@ -238,9 +238,12 @@ def _encode_text(model: ECLIP, batch: Batch, cached: CachedFeatures, *, view: in
     return model.encode_text(batch.tokens[int(bounds[0]) : int(bounds[-1])], bounds - bounds[0])
 
 
-def _loss_function(model: ECLIP, group: dist.ProcessGroup | None) -> Callable[..., Tensor]:
+def _loss_function(model: ECLIP, count: int, group: dist.ProcessGroup | None) -> Callable[..., Tensor]:
+    """The contrastive loss of `count` rows of this rank."""
     if model.config.kernels != "reference":
-        return partial(contrastive_loss, group=group)
+        # The sampler gives every rank as many products, so counts need not be exchanged, nor the GPU be waited for.
+        rows_per_rank = None if group is None else (count,) * dist.get_world_size(group)
+        return partial(contrastive_loss, group=group, rows_per_rank=rows_per_rank)
     if group is not None and dist.get_world_size(group) > 1:
         raise ValueError("--kernels reference compares on one rank; start without torchrun, or use --kernels auto")
     return contrastive_loss_reference

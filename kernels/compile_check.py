@@ -37,6 +37,7 @@ from triton.compiler import ASTSource, compile
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
+LATEST = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class Case:
     """Major compute capability that the case is for (8 for sm_80...); None: all."""
     tensor_core: bool = True
     """Whether the kernel must use the tensor cores (an fp32 kernel at full precision cannot)."""
+    latest: bool = False
+    """Whether it must use the instructions that reach their full rate: HGMMA on sm_90, UTCHMMA on sm_100."""
 
 
 def pointer_to(dtype: torch.dtype) -> str:
@@ -85,6 +88,8 @@ class Report:
             found.append(f"shared memory {self.shared} exceeds sm_{arch}'s {SHARED_MEMORY[arch]}")
         if case.tensor_core and not sum(self.tensor.values()):
             found.append("no tensor-core instruction")
+        if case.latest and not self.tensor[LATEST[arch]]:
+            found.append(f"no {LATEST[arch]}")
         if case.constants.get("PRECISION") == "ieee" and sum(self.tensor.values()):
             found.append("products at full precision run on the tensor cores, in TF32")
         return found
@@ -168,7 +173,7 @@ def all_cases(only: str = "") -> list[Case]:
             continue
         if "def compile_cases(" in text:
             cases += importlib.import_module(name).compile_cases()
-        if "@triton.jit" in text:
+        if re.search(r"@triton\.jit\ndef \w+_kernel\(", text):  # other functions are parts of kernels
             with_kernels.add(name)
     unchecked = with_kernels - {case.kernel.fn.__module__ for case in cases}
     assert not unchecked, f"no compile case for a kernel of {', '.join(sorted(unchecked))}"

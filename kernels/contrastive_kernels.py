@@ -1,9 +1,14 @@
-"""Triton kernel of the contrastive loss's statistics, its launcher and the configurations that are compile-checked.
+"""Triton forward of the contrastive losses: row and column sums of exp(logits), one pass over tiles, and its launcher.
 
-A program keeps a tile of logits in registers, with fp32 accumulation, and reduces it to row and column sums. It writes
-one number a row for every span of columns and one a column for every tile of rows; these are added up in a fixed order:
-no atomics, results repeat bit by bit. The R C logits never reach memory. Equations, letters and arguments are those of
-contrastive_statistics.py.
+A program keeps a tile of logits in registers, with fp32 accumulation, takes one exp2 an element and adds rows and
+columns up. It writes a number a row for every span of columns and a number a column for every tile of rows; a second
+kernel adds these up in a fixed order: no atomics, results repeat bit by bit. The R C logits never reach memory, unless
+the caller keeps exp(s - shift) in bf16 for the backward.
+
+One exp serves rows and columns because all share one shift. Where that makes a sum underflow (all cosines of a row
+near -1 at a scale near 100), a flag on the device lets a second pass run that shifts by each row's and column's own
+maximum; else its programs return at once, and the host never waits. Equations, letters and arguments are those of
+contrastive_ops.py.
 """
 
 from collections.abc import Iterator
@@ -14,117 +19,200 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, on_device_of
-from .compile_check import Case
+from ._launch import LOG2E, gpu_generation, on_device_of, readable
+from .compile_check import Case, pointer_to
+from .contrastive_positives import Matches, find_matches
+from .contrastive_positives_kernels import triton_target
+from .contrastive_tile import column_offsets, products, same_ids, store_tile, tile_options
 
-# Tiles of rows that write their column sums before these are added up: bounds the buffer to 128 numbers a column.
-_PANEL = 128
+# Numbers in the buffer of column sums, one for every tile of rows and column: 128 MiB, whatever the batch.
+_PANEL_NUMBERS = 2**25
+# So many programs at least where there are as many tiles: 15 waves of the 132 multiprocessors of an H200.
+_PROGRAMS = 2048
+# A sum below exp(shift - this) may have lost terms that count: those below exp(-87), the least fp32 number. 2^20 of
+# them are exp(-87 + 55 + 14) of it.
+UNDERFLOW = 55.0
 
 
 @triton.jit
-def _contrastive_statistics_fwd_kernel(
+def _contrastive_fwd_kernel(
     image_ptr,
     text_ptr,
     scale_ptr,
     bias_ptr,
-    row_ids_ptr,
-    col_ids_ptr,
-    row_weight_ptr,
-    col_weight_ptr,
-    row_lse_ptr,  # (R, spans): a span's share
-    target_ptr,  # (R, spans)
-    col_lse_ptr,  # (row tiles of this panel, C): a row tile's share
+    row_code_ptr,
+    col_code_ptr,
+    shift_ptr,
+    unsafe_ptr,
+    row_part_ptr,  # (spans, rows of this panel): a span's share
+    col_part_ptr,  # (row tiles of this panel, C): a row tile's share
+    kept_ptr,  # (R, C), padded
     image_stride,
     text_stride,
+    kept_stride,
     first_row,
+    panel_rows,
     num_rows,
     num_cols,
     dim,
     offset,
     span,
-    num_spans,
-    MODE: tl.constexpr,
+    KIND: tl.constexpr,
+    ONLINE: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_R rows against the `span` columns of one span, a tile of BLOCK_C columns at a time."""
-    panel_tile = tl.program_id(0)
+    """One program: BLOCK_R rows against the `span` columns of one span, a tile of BLOCK_C columns at a time.
+
+    Writes sums of exp(s - shift), or of softplus(s) for KIND "sigmoid"; with ONLINE, if `unsafe`, their logarithms.
+    """
+    if ONLINE and tl.load(unsafe_ptr) == 0:
+        return
+    tile = tl.program_id(0)
     span_index = tl.program_id(1)
-    row = first_row + panel_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_in = row < num_rows
-    row64 = row.to(tl.int64)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    row_weight = tl.load(row_weight_ptr + row64, mask=row_in, other=0.0)
-    if MODE != "diagonal":
-        row_id = tl.load(row_ids_ptr + row64, mask=row_in, other=0)
-    largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    tile_row = first_row + tile * BLOCK_R
+    row = tile_row + tl.arange(0, BLOCK_R)
+    factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    shift = tl.load(shift_ptr).to(tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    target = tl.zeros((BLOCK_R,), tl.float32)
+    largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     span_start = span_index * span
     for start in range(span_start, tl.minimum(span_start + span, num_cols), BLOCK_C):
-        col = start + tl.arange(0, BLOCK_C)
-        col_in = col < num_cols
-        col64 = col.to(tl.int64)
-        logits = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for d_start in range(0, dim, BLOCK_D):
-            d = d_start + tl.arange(0, BLOCK_D)
-            d_in = d < dim
-            image = tl.load(
-                image_ptr + row64[:, None] * image_stride + d[None, :], mask=row_in[:, None] & d_in[None, :], other=0.0
-            )
-            text = tl.load(
-                text_ptr + col64[None, :] * text_stride + d[:, None], mask=col_in[None, :] & d_in[:, None], other=0.0
-            )
-            logits = tl.dot(image, text, logits, input_precision=PRECISION)
-        logits *= scale
-        if HAS_BIAS:
-            logits += tl.load(bias_ptr + col64, mask=col_in, other=0.0).to(tl.float32)[None, :]
-
-        counted = row_in[:, None] & col_in[None, :]
-        positive = (row + offset)[:, None] == col[None, :]
-        if MODE != "diagonal":
-            same = row_id[:, None] == tl.load(col_ids_ptr + col64, mask=col_in, other=0)[None, :]
-            if MODE == "mask":
-                counted = counted & (positive | (same == 0))
+        left, right = products(
+            image_ptr,
+            text_ptr,
+            tile_row,
+            start,
+            num_rows,
+            num_cols,
+            image_stride,
+            text_stride,
+            dim,
+            EVEN_D,
+            PRECISION,
+            BLOCK_R,
+            BLOCK_C,
+            BLOCK_D,
+        )
+        for half in tl.static_range(2):
+            first_col = start + half * (BLOCK_C // 2)
+            col = first_col + tl.arange(0, BLOCK_C // 2)
+            if half == 0:
+                x = left
             else:
-                positive = positive | same
-        col_weight = tl.load(col_weight_ptr + col64, mask=col_in, other=0.0)
-        weight = row_weight[:, None] + col_weight[None, :]
-        target += tl.sum(tl.where(positive & counted, logits * weight, 0.0), 1)
-
-        # The shift is subtracted before log2(e) is multiplied in: at |s| = 100 the product alone would lose 8e-6.
-        logits = tl.where(counted, logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        # A row of -inf alone has no finite shift; with 0 its sum is 0 instead of NaN.
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        total = total * tl.exp2((largest - shift) * LOG2E) + tl.sum(tl.exp2((logits - shift[:, None]) * LOG2E), 1)
-        largest = new_largest
-        if COLUMNS:
-            col_largest = tl.max(logits, 0)
-            col_shift = tl.where(col_largest == float("-inf"), 0.0, col_largest)
-            col_total = tl.sum(tl.exp2((logits - col_shift[None, :]) * LOG2E), 0)
-            col_lse = _shifted_log(col_shift, col_total)
-            tl.store(col_lse_ptr + panel_tile.to(tl.int64) * num_cols + col64, col_lse, mask=col_in)
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    tl.store(row_lse_ptr + row64 * num_spans + span_index, _shifted_log(shift, total), mask=row_in)
-    tl.store(target_ptr + row64 * num_spans + span_index, target, mask=row_in)
+                x = right
+            x = x * factor + column_offsets(bias_ptr, col, num_cols, shift, HAS_BIAS)[None, :]
+            counted = (row < num_rows)[:, None]
+            if MASKED:
+                same = same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols)
+                counted = counted & (~same | ((row + offset)[:, None] == col[None, :]))
+            x = tl.where(counted, x, float("-inf"))
+            col_part_at = col_part_ptr + tile.to(tl.int64) * num_cols + col
+            if ONLINE:
+                new_largest = tl.maximum(largest, tl.max(x, 1))
+                total = total * tl.exp2(largest - _finite(new_largest))
+                total += tl.sum(tl.exp2(x - _finite(new_largest)[:, None]), 1)
+                largest = new_largest
+                if KIND == "both":
+                    col_largest = _finite(tl.max(x, 0))
+                    col_total = tl.sum(tl.exp2(x - col_largest[None, :]), 0)
+                    col_lse = _log_of_sum(col_largest / LOG2E + shift, col_total)
+                    tl.store(col_part_at, col_lse, mask=col < num_cols)
+            elif KIND == "sigmoid":
+                total += tl.sum(_softplus(x), 1)
+            else:
+                e = tl.exp2(x)
+                total += tl.sum(e, 1)
+                if KIND == "both":
+                    tl.store(col_part_at, tl.sum(e, 0), mask=col < num_cols)
+                if KEEP:
+                    store_tile(kept_ptr, kept_stride, tile_row, first_col, e)
+    if ONLINE:
+        total = _log_of_sum(_finite(largest) / LOG2E + shift, total)
+    at = row_part_ptr + span_index.to(tl.int64) * panel_rows + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    tl.store(at, total, mask=row < num_rows)
 
 
 @triton.jit
-def _shifted_log(shift, total):
-    """shift + ln(total), -inf where total is 0 (the largest term of a sum that has one is 1)."""
-    return tl.where(total > 0.0, shift + tl.log(tl.maximum(total, 1.0)), float("-inf"))
+def _finite(largest):
+    """`largest`, or 0 where it is -inf: a row without any term has no shift, and with 0 its sum is 0 instead of NaN."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
-def _launch_options(dtype: torch.dtype) -> dict[str, Any]:
-    """Blocks, warps and stages: tiles with which no configuration of `compile_cases` spills (128 x 128 ones do)."""
-    if dtype == torch.float32:  # at full precision the tensor cores are out: TF32 would miss s by 0.05 at scale 100
-        return {"PRECISION": "ieee", "BLOCK_R": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-    return {"PRECISION": "tf32", "BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+@triton.jit
+def _softplus(x):
+    """ln(1 + 2^x). Below 2^-5 by its series, where 1 + t would round t away: most pairs have t near exp(-10)."""
+    t = tl.exp2(-tl.abs(x))
+    series = t * (1.0 - t * (0.5 - t * (0.33333334 - t * 0.25)))
+    return tl.maximum(x, 0.0) / LOG2E + tl.where(t < 0.03125, series, tl.log(1.0 + t))
+
+
+@triton.jit
+def _contrastive_sums_kernel(
+    part_ptr,  # (parts, stride)
+    out_ptr,  # (count,)
+    shift_ptr,
+    unsafe_ptr,
+    parts,
+    stride,
+    count,
+    append,
+    FORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = the parts of each of `count` sums added up in order, and the sum so far where `append` is not 0.
+
+    FORM "sum" adds numbers up; "shifted" makes the logarithm of sums of exp(s - shift); "online" takes logarithms, if
+    `unsafe`, and leaves `out` alone if not.
+    """
+    if FORM == "online" and tl.load(unsafe_ptr) == 0:
+        return
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    # Some parts at a time: one by one, the loop would wait for memory as often as there are parts.
+    some = tl.arange(0, PARTS)
+    from_here = part_ptr + some.to(tl.int64)[:, None] * stride + at[None, :]
+    largest = tl.zeros((BLOCK,), tl.float32)
+    if FORM == "online":
+        largest += float("-inf")
+        for first in range(0, parts, PARTS):
+            mask = (first + some < parts)[:, None] & inside[None, :]
+            term = tl.load(from_here + tl.cast(first, tl.int64) * stride, mask=mask, other=float("-inf"))
+            largest = tl.maximum(largest, tl.max(term, 0))
+        largest = _finite(largest)
+    elif FORM == "shifted":
+        largest += tl.load(shift_ptr).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = (first + some < parts)[:, None] & inside[None, :]
+        at_first = from_here + tl.cast(first, tl.int64) * stride
+        if FORM == "online":
+            term = tl.load(at_first, mask=mask, other=float("-inf"))
+            total += tl.sum(tl.exp2((term - largest[None, :]) * LOG2E), 0)
+        else:
+            total += tl.sum(tl.load(at_first, mask=mask, other=0.0), 0)
+    result = total
+    if FORM != "sum":
+        result = _log_of_sum(largest, total)
+    if append != 0:
+        before = tl.load(out_ptr + at, mask=inside, other=0.0)
+        largest = _finite(tl.maximum(before, result))
+        total = tl.exp2((before - largest) * LOG2E) + tl.exp2((result - largest) * LOG2E)
+        result = _log_of_sum(largest, total)
+    tl.store(out_ptr + at, result, mask=inside)
+
+
+@triton.jit
+def _log_of_sum(shift, total):
+    """shift + ln(total), -inf where total is 0; a NaN stays one."""
+    return tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
 def triton_statistics(
@@ -136,85 +224,177 @@ def triton_statistics(
     col_ids: Tensor | None,
     row_weight: Tensor,
     col_weight: Tensor,
+    shift: Tensor,
+    kept: Tensor | None,
     offset: int,
+    kind: str,
     mode: str,
-    columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, dim = image.shape
-    num_cols = text.shape[0]
-    col_lse = image.new_full((num_cols if columns else 0,), -torch.inf, dtype=torch.float32)
+    """`pair_statistics`."""
+    num_rows, num_cols = image.shape[0], text.shape[0]
+    nothing = 0.0 if kind == "sigmoid" else -torch.inf
+    row_stat = image.new_full((num_rows,), nothing, dtype=torch.float32)
+    col_stat = image.new_full((num_cols if kind == "both" else 0,), nothing, dtype=torch.float32)
     if num_rows == 0 or num_cols == 0:
-        return image.new_full((num_rows,), -torch.inf, dtype=torch.float32), col_lse, row_weight.new_zeros((num_rows,))
-    options = _launch_options(image.dtype)
+        return row_stat, col_stat, torch.zeros_like(row_stat)
+    image, text = readable(image), readable(text)
+    bias = bias if bias is None else bias.contiguous()
+    matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
+    target = triton_target(image, text, scale, bias, matches, row_weight, col_weight, offset, mode)
+    sums = (image, text, scale, bias, matches, shift, kept, offset, kind, mode, row_stat, col_stat)
+    _add_up(*sums, None)
+    if kind != "sigmoid":
+        _add_up(*sums, underflows(row_stat, col_stat, shift, kind))
+    return row_stat, col_stat, target
+
+
+def underflows(row_stat: Tensor, col_stat: Tensor, shift: Tensor, kind: str) -> Tensor:
+    """(1,) int32: whether exp(s - shift) is too small for some row or column to be shared by all."""
+    least = torch.minimum(row_stat.amin(), col_stat.amin()) if kind == "both" else row_stat.amin()
+    # Not `least < ...`: a NaN is to take the way that keeps it.
+    return (~(least >= shift - UNDERFLOW)).to(torch.int32)
+
+
+def _add_up(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    matches: Matches | None,
+    shift: Tensor,
+    kept: Tensor | None,
+    offset: int,
+    kind: str,
+    mode: str,
+    row_stat: Tensor,
+    col_stat: Tensor,
+    unsafe: Tensor | None,
+) -> None:
+    """Fill row_stat (R,) and col_stat (C,); with `unsafe` only if it holds, shifting by maxima."""
+    online = unsafe is not None
+    (num_rows, dim), num_cols = image.shape, text.shape[0]
+    options = _options(image.dtype, gpu_generation(image), kind, mode, bias is not None, kept is not None, online)
     block_r, block_c = options["BLOCK_R"], options["BLOCK_C"]
     row_tiles, col_tiles = triton.cdiv(num_rows, block_r), triton.cdiv(num_cols, block_c)
-    # Long spans write fewer partial sums, short ones fill the GPU: at least ~512 programs where there are enough tiles.
-    span = block_c * max(1, min(32, min(row_tiles, _PANEL) * col_tiles // 512))
-    num_spans = triton.cdiv(num_cols, span)
-    row_part = image.new_empty((num_rows, num_spans), dtype=torch.float32)
-    target_part = torch.empty_like(row_part)
-    col_part = image.new_empty((min(row_tiles, _PANEL) if columns else 0, num_cols), dtype=torch.float32)
-    image, text = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (image, text))
-    for first in range(0, row_tiles, _PANEL):
-        tiles = min(_PANEL, row_tiles - first)
+    panel = max(1, min(row_tiles, _PANEL_NUMBERS // num_cols))
+    # Long spans write fewer sums, short ones fill the GPU.
+    span = block_c * max(1, min(16, panel * col_tiles // _PROGRAMS))
+    num_spans, panel_rows = triton.cdiv(num_cols, span), panel * block_r
+    row_part = image.new_empty((num_spans, panel_rows), dtype=torch.float32)
+    col_part = image.new_empty((panel if kind == "both" else 0, num_cols), dtype=torch.float32)
+    for first in range(0, row_tiles, panel):
+        tiles = min(panel, row_tiles - first)
         with on_device_of(image):
-            _contrastive_statistics_fwd_kernel[(tiles, num_spans)](
+            _contrastive_fwd_kernel[(tiles, num_spans)](
                 image,
                 text,
                 scale,
-                bias if bias is None else bias.contiguous(),
-                row_ids if row_ids is None else row_ids.contiguous(),
-                col_ids if col_ids is None else col_ids.contiguous(),
-                row_weight,
-                col_weight,
+                bias,
+                None if matches is None else matches.row_code,
+                None if matches is None else matches.col_code,
+                shift,
+                unsafe,
                 row_part,
-                target_part,
                 col_part,
+                None if online else kept,
                 image.stride(0),
                 text.stride(0),
+                0 if kept is None else kept.stride(0),
                 first * block_r,
+                panel_rows,
                 num_rows,
                 num_cols,
                 dim,
                 offset,
                 span,
-                num_spans,
-                MODE="diagonal" if row_ids is None else mode,
+                KIND=kind,
+                ONLINE=online,
+                MASKED=mode == "mask",
                 HAS_BIAS=bias is not None,
-                COLUMNS=columns,
+                KEEP=kept is not None and not online,
+                EVEN_D=dim % options["BLOCK_D"] == 0,
                 **options,
             )
-        if columns:
-            col_lse = torch.logaddexp(col_lse, col_part[:tiles].logsumexp(0))
-    return row_part.logsumexp(1), col_lse, target_part.sum(1)
+        form = "sum" if kind == "sigmoid" else "online" if online else "shifted"
+        rows = row_stat[first * block_r : (first + tiles) * block_r]
+        _sums(row_part, rows, num_spans, panel_rows, shift, unsafe, 0, form)
+        if kind == "both":
+            _sums(col_part, col_stat, tiles, num_cols, shift, unsafe, first, form)
+
+
+def _options(
+    dtype: torch.dtype, generation: int, kind: str, mode: str, bias: bool, keep: bool, online: bool
+) -> dict[str, Any]:
+    narrow = kind != "sigmoid" and (bias or (keep and mode == "mask"))
+    return tile_options(dtype, generation, small=online, narrow=narrow)
+
+
+def _sums(
+    part: Tensor, out: Tensor, parts: int, stride: int, shift: Tensor, unsafe: Tensor | None, append: int, form: str
+) -> None:
+    with on_device_of(out):
+        _contrastive_sums_kernel[(triton.cdiv(len(out), _SUMS["BLOCK"]),)](
+            part, out, shift, unsafe, parts, stride, len(out), append, FORM=form, **_SUMS
+        )
+
+
+_SUMS = {"PARTS": 16, "BLOCK": 64, "num_warps": 4}
 
 
 def compile_cases() -> Iterator[Case]:
     """The configurations that `compile_check` compiles."""
-    counts = ("image_stride", "text_stride", "first_row", "num_rows", "num_cols", "dim", "offset", "span", "num_spans")
-    for dtype, mode, bias, columns in (
-        (torch.bfloat16, "diagonal", False, True),
-        (torch.bfloat16, "share", True, True),
-        (torch.bfloat16, "mask", True, False),
-        (torch.float32, "share", True, True),
+    for dtype, kind, mode, bias, keep, even in (
+        (torch.bfloat16, "both", "diagonal", False, False, True),
+        (torch.bfloat16, "both", "share", False, True, True),
+        (torch.bfloat16, "both", "mask", True, True, False),
+        (torch.bfloat16, "rows", "mask", False, True, True),
+        (torch.bfloat16, "rows", "mask", True, False, False),
+        (torch.bfloat16, "sigmoid", "mask", True, False, True),
+        (torch.float16, "both", "diagonal", False, False, False),
+        (torch.float32, "both", "mask", True, False, True),
+        (torch.float32, "sigmoid", "diagonal", True, False, False),
     ):
-        element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        options = _launch_options(dtype)
-        pointers = {"image_ptr": f"*{element}", "text_ptr": f"*{element}"}
-        pointers |= dict.fromkeys(("scale_ptr", "row_weight_ptr", "col_weight_ptr"), "*fp32")
-        pointers |= dict.fromkeys(("row_lse_ptr", "target_ptr", "col_lse_ptr"), "*fp32")
-        if bias:
-            pointers |= {"bias_ptr": "*fp32"}
-        if mode != "diagonal":
-            pointers |= {"row_ids_ptr": "*i64", "col_ids_ptr": "*i64"}
+        for generation in (8, 9, 10):
+            for online in (False,) if kind == "sigmoid" else (False, True):
+                yield _case(dtype, kind, mode, bias, keep and not online, even, online, generation)
+    for form in ("sum", "shifted", "online"):
         yield Case(
-            name=f"contrastive_loss fwd {element} {mode}{' bias' * bias}{' both sides' * columns}",
-            kernel=_contrastive_statistics_fwd_kernel,
-            types=pointers | dict.fromkeys(counts, "i32"),
-            constants={"bias_ptr": None, "row_ids_ptr": None, "col_ids_ptr": None}
-            | {"MODE": mode, "HAS_BIAS": bias, "COLUMNS": columns}
-            | {key: value for key, value in options.items() if key.isupper()},
-            divisible=(*pointers, "image_stride", "text_stride", "first_row", "dim", "span"),
-            options={key: options[key] for key in ("num_warps", "num_stages")},
-            tensor_core=dtype != torch.float32,
+            name=f"contrastive_loss fwd {form} of sums",
+            kernel=_contrastive_sums_kernel,
+            types={
+                **dict.fromkeys(("part_ptr", "out_ptr", "shift_ptr"), "*fp32"),
+                **({"unsafe_ptr": "*i32"} if form == "online" else {}),
+                **dict.fromkeys(("parts", "stride", "count", "append"), "i32"),
+            },
+            constants={"unsafe_ptr": None, "FORM": form, "PARTS": _SUMS["PARTS"], "BLOCK": _SUMS["BLOCK"]},
+            options={"num_warps": _SUMS["num_warps"]},
+            tensor_core=False,
         )
+
+
+def _case(
+    dtype: torch.dtype, kind: str, mode: str, bias: bool, keep: bool, even: bool, online: bool, generation: int
+) -> Case:
+    options = _options(dtype, generation, kind, mode, bias, keep, online)
+    pointers = dict.fromkeys(("image_ptr", "text_ptr"), pointer_to(dtype))
+    pointers |= dict.fromkeys(("scale_ptr", "shift_ptr", "row_part_ptr", "col_part_ptr"), "*fp32")
+    pointers |= {"bias_ptr": "*fp32"} if bias else {}
+    pointers |= {"kept_ptr": "*bf16"} if keep else {}
+    pointers |= {"unsafe_ptr": "*i32"} if online else {}
+    pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if mode == "mask" else {}
+    counts = ("image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "num_rows", "num_cols", "dim")
+    absent = ("bias_ptr", "kept_ptr", "unsafe_ptr", "row_code_ptr", "col_code_ptr")
+    words = [kind, mode, *(("bias",) if bias else ()), *(("kept",) if keep else ()), *(() if even else ("ragged D",))]
+    return Case(
+        name=f"contrastive_loss fwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
+        kernel=_contrastive_fwd_kernel,
+        types=pointers | dict.fromkeys((*counts, "offset", "span"), "i32"),
+        constants=dict.fromkeys(absent)
+        | {"KIND": kind, "ONLINE": online, "MASKED": mode == "mask", "HAS_BIAS": bias, "KEEP": keep, "EVEN_D": even}
+        | {key: value for key, value in options.items() if key.isupper()},
+        divisible=(*pointers, "image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "dim", "span"),
+        options={key: value for key, value in options.items() if not key.isupper()},
+        generation=generation,
+        tensor_core=dtype != torch.float32,
+        latest=dtype != torch.float32,
+    )

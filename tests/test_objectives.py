@@ -1,13 +1,17 @@
 """The losses against formulas written out here, and what their random draws must guarantee."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+import eclip.objectives
 from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
+from eclip.kernels.contrastive_loss import contrastive_loss
 from eclip.model.eclip import ECLIP
 from eclip.momentum import make_momentum
 from eclip.objectives import (
@@ -49,7 +53,7 @@ def _batch(**changes: torch.Tensor) -> Batch:
     return Batch(**{**facts, **changes}, keys=[f"k{i}" for i in range(2 * B)], step=0, epoch=0)
 
 
-def _losses(model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: int) -> dict[str, torch.Tensor]:
+def _losses(model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: Any) -> dict[str, torch.Tensor]:
     return compute_losses(model, make_momentum(model), batch, config, **{"step": 3, "seed": 5, **where})
 
 
@@ -219,6 +223,37 @@ def test_reference_kernels_give_the_same_losses(model: ECLIP) -> None:
     reference.load_state_dict(model.state_dict())
     for name, value in _losses(reference, _batch()).items():
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_know_each_others_rows(model: ECLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both contrastive losses say how many rows each rank has, so that the ranks need not ask."""
+    known = []
+
+    def loss(*features: torch.Tensor, **options: Any) -> torch.Tensor:
+        known.append(options["rows_per_rank"])
+        return contrastive_loss(*features, **options)
+
+    monkeypatch.setattr(eclip.objectives, "contrastive_loss", loss)
+    alone = _losses(model, _batch())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        grouped = _losses(model, _batch(), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert known == [None, None, (B,), (B,)]
+    assert all(torch.equal(alone[name], grouped[name]) for name in alone)
+
+
+def test_losses_under_autocast(model: ECLIP) -> None:
+    """Float32 scalars near those without it, and a gradient for the temperature."""
+    exact = _losses(model, _batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = _losses(model, _batch())
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.03, atol=0.03)
+    losses["itc"].backward()
+    assert model.logit_scale.grad is not None and model.logit_scale.grad.isfinite().all()
 
 
 def test_kept_tokens_are_a_sorted_share_drawn_per_view_and_step() -> None:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 @dataclass(kw_only=True)
 class Table:
-    """One task's numbers: rows of metrics, each in [0, 1]; a row may lack a metric that it has no meaning for."""
+    """One task's numbers: rows of metrics; a row may lack a metric that it has no meaning for."""
 
     title: str
     rows: dict[str, dict[str, float]]
@@ -22,13 +22,15 @@ class Table:
     note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     """Choices made outside the test split, such as thresholds."""
+    unit: Literal["share", "nats"] = "share"
+    """share: every metric lies in [0, 1], and is shown in %."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def format_table(table: Table) -> str:
-    """The table as text: title with counts, one line a row, percentages with one decimal."""
+    """The table as text: title with counts, one line a row, percentages with one decimal (nats with two)."""
     counts = ", ".join(f"{value} {name}" for name, value in table.counts.items())
     head = f"{table.title} ({counts})" if counts else table.title
     columns = list(dict.fromkeys(name for row in table.rows.values() for name in row))
@@ -36,9 +38,13 @@ def format_table(table: Table) -> str:
     widths = [max(len(name), 6) for name in columns]
     lines = [head, " " * first + "".join(f"  {name:>{width}}" for name, width in zip(columns, widths, strict=True))]
     for name, row in table.rows.items():
-        cells = (f"{100 * row[c]:.1f}" if c in row else "" for c in columns)
+        cells = (_format(row[c], table.unit) if c in row else "" for c in columns)
         lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     return "\n".join(lines + textwrap.wrap(table.note, 110, initial_indent="  ", subsequent_indent="  "))
+
+
+def _format(value: float, unit: str) -> str:
+    return f"{value:.2f}" if unit == "nats" else f"{100 * value:.1f}"
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from eclip.evaluate.grounding import (
     make_scene,
     score_scenes,
 )
+from eclip.evaluate.image_text_loss import image_text_loss
 from eclip.evaluate.product_retrieval import product_retrieval
 from eclip.evaluate.report import Overlay, Table, draw_sheet, format_table
 from eclip.evaluate.retrieval import image_text_retrieval
@@ -94,7 +95,8 @@ def evaluate_run(
     best of a small grid on the VAL split. cache_dir: see Evaluator; a run trained with --cache-features has one anyway.
     Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png
     (another split than test: evaluation-SPLIT.json, grounding-SPLIT.png). Returns what the JSON holds:
-    result["tables"][task]["rows"][row][metric], every metric in [0, 1]. Raises ValueError when there is no run.
+    result["tables"][task]["rows"][row][metric], in [0, 1] unless the table's unit is nats. Raises ValueError
+    when there is no run.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.json").is_file():
@@ -130,7 +132,8 @@ def evaluate_run(
     }
     path = run_dir / f"evaluation{suffix}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(f"\n{run_dir}: {split} split, {counts['products']} products, {counts['images']} images; all numbers in %\n")
+    size = f"{counts['products']} products, {counts['images']} images"
+    print(f"\n{run_dir}: {split} split, {size}; numbers in %, losses in nats\n")
     if not decoder_is_trained(config):
         print("instance rows: absent, this run trained no instance decoder\n")
     print("\n\n".join(format_table(table) for table in tables.values()))
@@ -168,6 +171,7 @@ def evaluate_split(
     for name, outcome in classification(evaluator, features, of_image):
         add(name, outcome)
     tables |= image_text_retrieval(features)
+    tables["image_text_loss"] = image_text_loss(features, evaluator.model.scale())
 
     categories = index.category_ids[features.products]
     unseen = np.array([bool(product.attributes.get("unseen_type")) for product in of_image])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import shard
 from benchmarks.activations import kept_for_backward
-from benchmarks.conftest import Bench
+from benchmarks.conftest import Bench, rounds_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +63,10 @@ def test_backward_calls_return_the_gradients() -> None:
     assert weight.grad is None
     # A scalar needs no seed, and draws one.
     assert bench.backward(lambda a: a.sum(), a)()[0].unique().numel() == 1
+
+
+def test_slow_calls_get_fewer_rounds() -> None:
+    assert [rounds_for(seconds) for seconds in (1e-6, 0.05, 0.2, 7.0)] == [30, 30, 10, 3]
 
 
 def test_shards_divide_the_tests() -> None:

@@ -8,28 +8,29 @@ from typing import Any
 import pytest
 
 from benchmarks import goals, report
+from benchmarks import slot_attention_goals as slots
 from benchmarks.bench_slot_attention import PAPER_DIM, PAPER_QUERIES, PAPER_TOKENS, SHAPES
 
-SMALL = goals.label(1, 196, 20, 768, 1)
+SMALL = slots.label(1, 196, 20, 768, 1)
 
 
-def row(op: str, provider: str, seconds: float, shape: str = goals.SHAPE, **columns: Any) -> dict[str, Any]:
+def row(op: str, provider: str, seconds: float, shape: str = slots.SHAPE, **columns: Any) -> dict[str, Any]:
     return {"op": op, "provider": provider, "shape": shape, "dtype": "bfloat16", "seconds": seconds, **columns}
 
 
 def a_run() -> list[dict[str, Any]]:
     """Core forward reaches its goal, backward does not; 4x eager, 2x compile; 0.2 of activations; 1.5x the error."""
-    both = f"{goals.BLOCK} {goals.BOTH}"
+    both = f"{slots.BLOCK} {slots.BOTH}"
     return [
-        row(f"{goals.CORE} {goals.FORWARD}", "ours", 1e-3, copy_share=0.61),
-        row(f"{goals.CORE} {goals.BACKWARD}", "ours", 1e-3, copy_share=0.49),
+        row(f"{slots.CORE} {slots.FORWARD}", "ours", 1e-3, copy_share=0.61),
+        row(f"{slots.CORE} {slots.BACKWARD}", "ours", 1e-3, copy_share=0.49),
         row(both, "eager", 8e-3, errors={"q": 1e-3, "tokens": 4e-3}),
         row(both, "compile", 4e-3, errors={"q": 1e-3, "tokens": 4e-3}),
         row(both, "ours", 2e-3, errors={"q": 1.5e-3, "tokens": 1e-3}),
-        row(f"{goals.SIX_BLOCKS} {goals.BOTH}", "eager", 1e-2, SMALL, saved=1000),
-        row(f"{goals.SIX_BLOCKS} {goals.BOTH}", "ours", 1e-2, SMALL, saved=200),
-        row(f"{goals.DECODER} {goals.BOTH}", "eager", 1e-2, SMALL, saved=1000),
-        row(f"{goals.DECODER} {goals.BOTH}", "ours", 1e-2, SMALL, saved=600),
+        row(f"{slots.SIX_BLOCKS} {slots.BOTH}", "eager", 1e-2, SMALL, saved=1000),
+        row(f"{slots.SIX_BLOCKS} {slots.BOTH}", "ours", 1e-2, SMALL, saved=200),
+        row(f"{slots.DECODER} {slots.BOTH}", "eager", 1e-2, SMALL, saved=1000),
+        row(f"{slots.DECODER} {slots.BOTH}", "ours", 1e-2, SMALL, saved=600),
     ]
 
 
@@ -49,7 +50,7 @@ def pytest_benchmark_file(path: Path, rows: list[dict[str, Any]], device: str) -
 
 
 def test_goals_are_judged_from_the_rows() -> None:
-    judged = goals.judge(a_run(), "NVIDIA")
+    judged = slots.judge(a_run(), "NVIDIA")
     assert [(g.required, g.measured, g.met) for g in judged] == [
         (">= 60%", "61%", True),
         (">= 50%", "49%", False),
@@ -64,19 +65,19 @@ def test_goals_are_judged_from_the_rows() -> None:
 
 def test_rows_of_other_shapes_and_dtypes_do_not_count() -> None:
     rows = [r | {"shape": SMALL} for r in a_run()[:5]] + [r | {"dtype": "float32"} for r in a_run()[5:]]
-    judged = goals.judge(rows, "NVIDIA")
+    judged = slots.judge(rows, "NVIDIA")
     assert [g.measured for g in judged[:-1]] == ["not measured"] * 6
     assert all(g.met is None for g in judged[:-1])
-    assert goals.judge([], "NVIDIA")[-1].measured == "not measured"
+    assert slots.judge([], "NVIDIA")[-1].measured == "not measured"
 
 
 def test_a_cpu_judges_bytes_alone() -> None:
-    assert [g.measured for g in goals.judge(a_run(), "cpu")] == ["20.0%", "60.0%"]
+    assert [g.measured for g in slots.judge(a_run(), "cpu")] == ["20.0%", "60.0%"]
 
 
 def test_goals_speak_of_shapes_that_are_measured() -> None:
     batch, queries, heads = SHAPES["B4096"]
-    assert goals.label(batch, PAPER_TOKENS, queries, PAPER_DIM, heads) == goals.SHAPE
+    assert slots.label(batch, PAPER_TOKENS, queries, PAPER_DIM, heads) == slots.SHAPE
     assert queries == PAPER_QUERIES
 
 
@@ -100,7 +101,7 @@ def test_page_and_record(device: str, tmp_path: Path, monkeypatch: pytest.Monkey
     report.main()
     (page,) = (tmp_path / "out").glob("*.md")
     text = page.read_text()
-    assert text.index("| goal | required | measured | met |") < text.index(f"## {goals.CORE}")
+    assert text.index("| goal | required | measured | met |") < text.index(f"## {slots.CORE}")
     assert (goals.CPU_REMARK in text) == (device == "cpu")
     assert ("| **no** |" in text) and ("| yes |" in text) == (device != "cpu")
     assert "3 passed, 1 failed, 2 skipped. Failed: `t::one`. 1 of 3 shards left no result" in text
@@ -109,5 +110,11 @@ def test_page_and_record(device: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "- stopped: no result" in text
     assert "secret" not in text
     record = json.loads(page.with_suffix(".json").read_text())
-    assert [g["met"] for g in record["goals"]] == [g.met for g in goals.judge(a_run(), device)]
+    assert [g["met"] for g in record["goals"]] == [g.met for g in report.judge(a_run(), device)]
     assert len(record["rows"]) == len(a_run())
+
+
+def test_many_skipped_for_one_reason_are_counted(tmp_path: Path) -> None:
+    cases = "".join(f'<testcase name="t{i}"><skipped message="not installed"/></testcase>' for i in range(5))
+    (tmp_path / "x.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    assert report.not_measured(tmp_path / "x.xml") == ["x: skipped (not installed): `t0`, `t1`, `t2`, and 2 more"]

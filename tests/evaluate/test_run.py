@@ -6,7 +6,9 @@ The stub model has ECLIP's methods; its embeddings are colours, so that what eac
 import functools
 import io
 import json
+import math
 import operator
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +105,9 @@ class Words:
 class Colours(torch.nn.Module):
     """Features are colours; the decoder shares patches out between the prompt, its opposite and nothing."""
 
+    def scale(self) -> torch.Tensor:
+        return torch.tensor(0.0)
+
     def image_tower(self, images: torch.Tensor) -> torch.Tensor:
         assert images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE)
         patches = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, PATCH).flatten(2).mT
@@ -162,8 +167,8 @@ def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     assert set(tables) == {
         "classification_type", "classification_category", "image_text_retrieval", "image_text_retrieval_product",
-        "product_retrieval", "product_retrieval_unseen_type", "product_retrieval_coarse", "grounding",
-        "grounding_unseen_type",
+        "image_text_loss", "product_retrieval", "product_retrieval_unseen_type", "product_retrieval_coarse",
+        "grounding", "grounding_unseen_type",
     }  # fmt: skip
     assert tables["classification_type"]["instance (image+text)"]["Acc@1"] == 1
     assert tables["classification_type"]["text only"]["Acc@1"] == 1
@@ -188,6 +193,10 @@ def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert retrieval["global"]["t2i R@1"] == 1 and retrieval["chance"]["i2t R@1"] == pytest.approx(1 / 6)
     assert retrieval["chance"]["t2i R@1"] == pytest.approx(3 / 18)
 
+    loss = tables["image_text_loss"]
+    assert list(loss) == ["instance", "global", "chance"]
+    assert all(row["nats"] == pytest.approx(math.log(18)) for row in loss.values())  # at the stub's scale, 0
+
     found = tables["grounding"]
     assert set(found) == {"instance", "global", "centre prior", "random"}
     for question in ("region Acc@0.5", "region Acc@0.7", "ranked Acc@0.7", "which", "point"):
@@ -204,6 +213,7 @@ def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 100
     printed = capsys.readouterr().out
     assert "product retrieval, same product (6 queries, 6 gallery)" in printed
+    assert re.search(r"one batch \(18 images\)\n +nats\n.*\n.*\nchance +2\.89\n", printed)
     assert "chosen on 12 val images" in printed
 
 

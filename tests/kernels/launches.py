@@ -1,4 +1,4 @@
-"""Compile what the launchers of slot attention launch, on a machine without a GPU: python tests/kernels/launches.py 90
+"""Compile what the launchers of the kernels launch, on a machine without a GPU: python tests/kernels/launches.py 90
 
 `compile_check` compiles each kernel with argument types written by hand. Here Triton specialises the arguments of real
 calls (strides, counts equal to 1, absent pointers), and ptxas may then use registers differently. Prints a line a
@@ -18,15 +18,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_ops, contrastive_tile
 from eclip.kernels import slot_attention_backward_kernels as backward
 from eclip.kernels import slot_attention_kernels as forward
 from eclip.kernels.compile_check import SHARED_MEMORY
+from eclip.kernels.contrastive_positives import positive_weights
 
 # Name: B, H, G, N, T, D, separate values, calls that share the tokens.
 CALLS = {
     "decoder": (1000, 1, 1, 196, 20, 768, False, 6),
     "demo": (8, 1, 1, 144, 8, 384, False, 2),
     "12 heads": (200, 12, 12, 196, 20, 64, True, 1),
+}
+# Name: images, texts, D, kind, mode, bias, logits kept for the backward.
+LOSSES = {
+    "L_itc": (512, 512, 512, "both", "diagonal", False, True),
+    "L_itc with soft labels": (300, 300, 768, "both", "share", False, False),
+    "L_itc of one rank": (128, 896, 512, "both", "diagonal", False, False),
+    "L_inter": (512, 512, 768, "rows", "mask", False, True),
+    "sigmoid": (300, 300, 512, "sigmoid", "diagonal", True, False),
 }
 spilled = 0
 
@@ -78,6 +88,20 @@ def call_all(batch: int, heads: int, groups: int, n: int, t: int, d: int, separa
         backward.triton_token_gradients([coefficients] * calls, [q] * calls, [grads[0]] * calls, [], k, which)
 
 
+def call_loss(rows: int, cols: int, dim: int, kind: str, mode: str, bias: bool, keep: bool) -> None:
+    """Forward and backward of one loss; rows are paired with the last columns."""
+    image, text = (torch.zeros(n, dim, dtype=torch.bfloat16) for n in (rows, cols))
+    ids = (torch.arange(rows), torch.arange(cols)) if mode != "diagonal" else (None, None)
+    weights = positive_weights(image, len(text), None if ids[0] is None else (ids[0], *ids), 0, kind, mode)
+    biases = torch.zeros(cols) if bias else None
+    problem = (image, text, torch.ones(1), biases, *ids, *weights)
+    kept = torch.empty(contrastive_tile.padded_shape(rows, cols), dtype=torch.bfloat16) if keep else None
+    shift, offset = contrastive_ops.safe_shift(torch.ones(3), torch.ones(1), kind), cols - rows
+    row_stat, col_stat, _ = contrastive_kernels.triton_statistics(*problem, shift, kept, offset, kind, mode)
+    ends = (shift, kept, torch.ones(()), offset, kind, mode, kind != "rows", bias)
+    contrastive_backward_kernels.triton_gradients(*problem, row_stat, col_stat, *ends)
+
+
 def main() -> int:
     JITFunction.__getitem__ = compile_only
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
@@ -85,10 +109,14 @@ def main() -> int:
     driver.set_active(NoDevice(arch))
     forward.shared_memory = lambda _: SHARED_MEMORY[arch]
     forward.multiprocessors = lambda _: 108
-    forward.gpu_generation = backward.gpu_generation = lambda _: arch // 10
+    for module in (forward, backward, contrastive_kernels, contrastive_backward_kernels):
+        module.gpu_generation = lambda _: arch // 10
     for name, sizes in CALLS.items():
         print(name, flush=True)
         call_all(*sizes)
+    for name, problem in LOSSES.items():
+        print(name, flush=True)
+        call_loss(*problem)
     return 1 if spilled else 0
 
 

@@ -29,6 +29,13 @@ def test_decoder_configurations_compile() -> None:
     assert "7 configurations, 0 failed" in result.stdout
 
 
+def test_contrastive_configurations_compile() -> None:
+    """The batches of L_itc on sm_90: no spills, wgmma."""
+    result = compile_check("--arch", "90", "--only", "wd bfloat16 both diagonal")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 configurations, 0 failed" in result.stdout
+
+
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_launched_kernels_compile(arch: str) -> None:
     """As Triton specialises them in real calls of the decoder, rather than as the compile check describes them."""
@@ -62,5 +69,8 @@ def test_faults() -> None:
     assert "spills 16 bytes" in Report(**clean | {"spilled": 16}).faults(case, 90)[0]
     assert "spills" in Report(**clean | {"local": 2}).faults(case, 90)[0]
     assert "no tensor-core" in Report(**clean | {"tensor": {"HMMA": 0}}).faults(case, 90)[0]
+    latest = dataclasses.replace(case, latest=True)
+    assert not Report(**clean | {"shared": 0}).faults(latest, 80)
+    assert "no HGMMA" in Report(**clean | {"tensor": {"HMMA": 40, "HGMMA": 0}}).faults(latest, 90)[0]
     precise = dataclasses.replace(case, constants={**case.constants, "PRECISION": "ieee"})
     assert "in TF32" in Report(**clean).faults(precise, 90)[0]

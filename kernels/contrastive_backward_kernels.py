@@ -1,0 +1,397 @@
+"""Triton backward of the contrastive losses: blocks of G in bounded memory, multiplied out by the library's GEMM.
+
+    G_ij = exp(s_ij - shift) (exp(shift - r_i) + exp(shift - c_j)) - Y_ij      dI_R += G T_C      dT_C += G^T I_R
+
+A backward that keeps the gradients in registers, as attention's does, does not fit D >= 512: they would fill half the
+register file. So a kernel recomputes a tile of logits, makes G of it with one exp and writes that in the features'
+dtype to a block of bounded size, and two GEMMs with fp32 accumulation follow, block after block. Positives are 0 in the
+block and are added in fp32 by contrastive_positives_kernels.py. Where the forward kept exp(s - shift), the block is
+made from that, without a product. No atomics; blocks are added in order. Equations, letters and arguments are those of
+contrastive_ops.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import LOG2E, gpu_generation, on_device_of, readable
+from .compile_check import Case, pointer_to
+from .contrastive_kernels import underflows
+from .contrastive_positives import Matches, find_matches
+from .contrastive_positives_kernels import triton_finish
+from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options
+
+# A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. The GEMMs reach their rate at a tenth of that; a
+# large block means fewer passes over the fp32 gradients, which each block reads and writes.
+_BLOCK_BYTES = 2**30
+_BLOCK_ROWS = 16384
+# fp16 ends at 6e-8: G, at most 2, is stored 2^14 times as large, so that entries of 1 / B keep all their bits.
+_FP16_FACTOR = 2.0**14
+
+
+@triton.jit
+def _row_factor(stat_ptr, index, count, shift):
+    """exp(shift - stat): what exp(s - shift) is multiplied with to be a probability; 0 beyond the end."""
+    stat = tl.load(stat_ptr + index, mask=index < count, other=float("inf"))
+    return tl.exp2((shift - stat) * LOG2E)
+
+
+@triton.jit
+def _no_positives(
+    gradient,
+    row_code_ptr,
+    col_code_ptr,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    offset,
+    MATCH: tl.constexpr,
+):
+    """`gradient` with 0 at the pairs and, with MATCH, wherever ids are equal: positives, or pairs that do not count."""
+    gradient = tl.where((row + offset)[:, None] == col[None, :], 0.0, gradient)
+    if MATCH:
+        same = same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols)
+        gradient = tl.where(same, 0.0, gradient)
+    return gradient
+
+
+@triton.jit
+def _contrastive_bwd_kernel(
+    image_ptr,
+    text_ptr,
+    scale_ptr,
+    bias_ptr,
+    row_code_ptr,
+    col_code_ptr,
+    row_stat_ptr,
+    col_stat_ptr,
+    shift_ptr,
+    unsafe_ptr,
+    block_ptr,  # (rows, columns) of this block
+    sums_ptr,  # (row tiles of this block, columns): column sums of G
+    image_stride,
+    text_stride,
+    block_stride,
+    first_row,
+    first_col,
+    last_row,
+    last_col,
+    num_rows,
+    num_cols,
+    dim,
+    offset,
+    KIND: tl.constexpr,
+    ONLINE: tl.constexpr,
+    MATCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of a block of G; ONLINE, which takes an exp more, only if `unsafe`, and else only if not."""
+    if KIND != "sigmoid" and (tl.load(unsafe_ptr) != 0) != ONLINE:
+        return
+    tile_row = first_row + tl.program_id(0) * BLOCK_R
+    tile_col = first_col + tl.program_id(1) * BLOCK_C
+    row = tile_row + tl.arange(0, BLOCK_R)
+    left, right = products(
+        image_ptr,
+        text_ptr,
+        tile_row,
+        tile_col,
+        num_rows,
+        num_cols,
+        image_stride,
+        text_stride,
+        dim,
+        EVEN_D,
+        PRECISION,
+        BLOCK_R,
+        BLOCK_C,
+        BLOCK_D,
+    )
+    factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    shift = tl.load(shift_ptr).to(tl.float32)
+    width = last_col - first_col
+    for half in tl.static_range(2):
+        half_col = tile_col + half * (BLOCK_C // 2)
+        col = half_col + tl.arange(0, BLOCK_C // 2)
+        if half == 0:
+            x = left
+        else:
+            x = right
+        x = x * factor + column_offsets(bias_ptr, col, num_cols, shift, HAS_BIAS)[None, :]
+        if KIND == "sigmoid":
+            gradient = 1.0 / (1.0 + tl.exp2(-x))
+        elif ONLINE:
+            row_stat = tl.load(row_stat_ptr + row, mask=row < num_rows, other=float("inf"))
+            gradient = tl.exp2(x + ((shift - row_stat) * LOG2E)[:, None])
+            if KIND == "both":
+                col_stat = tl.load(col_stat_ptr + col, mask=col < num_cols, other=0.0)
+                gradient += tl.exp2(x + ((shift - col_stat) * LOG2E)[None, :])
+        else:
+            weight = _row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
+            if KIND == "both":
+                weight = weight + _row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
+            gradient = tl.exp2(x) * weight
+        gradient = _no_positives(gradient, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
+        if SUMS:
+            sums = tl.sum(tl.where((row < last_row)[:, None], gradient, 0.0), 0)
+            at = sums_ptr + tl.program_id(0).to(tl.int64) * width + (col - first_col)
+            tl.store(at, sums, mask=col < last_col)
+        store_tile(block_ptr, block_stride, tile_row - first_row, half_col - first_col, gradient * FACTOR)
+
+
+@triton.jit
+def _contrastive_rescale_kernel(
+    kept_ptr,  # (R, C) exp(s - shift)
+    row_code_ptr,
+    col_code_ptr,
+    row_stat_ptr,
+    col_stat_ptr,
+    shift_ptr,
+    unsafe_ptr,
+    block_ptr,
+    sums_ptr,
+    kept_stride,
+    block_stride,
+    first_row,
+    first_col,
+    last_row,
+    last_col,
+    num_rows,
+    num_cols,
+    offset,
+    KIND: tl.constexpr,
+    MATCH: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The same tile from what the forward kept, unless that is of no use (`unsafe`)."""
+    if tl.load(unsafe_ptr) != 0:
+        return
+    row = first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = first_col + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < last_row)[:, None] & (col < last_col)[None, :]
+    kept_at = kept_ptr + row.to(tl.int64)[:, None] * kept_stride + col[None, :]
+    gradient = tl.load(kept_at, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr).to(tl.float32)
+    weight = _row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
+    if KIND == "both":
+        weight = weight + _row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
+    gradient = _no_positives(gradient * weight, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
+    block_row, block_col = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_C
+    store_tile(block_ptr, block_stride, block_row, block_col, gradient)
+    if SUMS:
+        at = sums_ptr + tl.program_id(0).to(tl.int64) * (last_col - first_col) + (col - first_col)
+        tl.store(at, tl.sum(gradient, 0), mask=col < last_col)
+
+
+def _rescale_options() -> dict[str, int]:
+    return {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
+
+
+def triton_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_stat: Tensor,
+    col_stat: Tensor,
+    shift: Tensor,
+    kept: Tensor | None,
+    factor: Tensor,
+    offset: int,
+    kind: str,
+    mode: str,
+    text_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`pair_gradients`."""
+    image, text = readable(image), readable(text)
+    bias = bias if bias is None else bias.contiguous()
+    matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
+    image_sum = image.new_zeros(image.shape, dtype=torch.float32)
+    text_sum = text.new_zeros(text.shape, dtype=torch.float32) if text_grad else None
+    col_sum = text.new_zeros((text.shape[0],), dtype=torch.float32) if bias_grad else None
+    problem = (image, text, scale, bias, matches)
+    if image.shape[0] and text.shape[0]:
+        unsafe = None if kind == "sigmoid" else underflows(row_stat, col_stat, shift, kind)
+        for rows, cols in _blocks(image, text):
+            block, sums = _gradient_block(
+                *(*problem, row_stat, col_stat, shift, unsafe, kept),
+                *(rows, cols, offset, kind, mode, bias_grad),
+            )
+            _accumulate(image_sum[rows], block, text[cols])
+            if text_sum is not None:
+                _accumulate(text_sum[cols], block.T, image[rows])
+            if col_sum is not None:
+                col_sum[cols] += sums.sum(0)
+    weights = (row_weight, col_weight, row_stat, col_stat, factor)
+    ends = (offset, kind, mode)
+    image_grad, dots, _ = triton_finish(*problem, *weights, image_sum, None, *ends, rows=True)
+    # Empty where neither is asked for: nothing is launched then.
+    texts = (*problem, *weights, text_sum, col_sum, *ends)
+    text_out, _, bias_out = triton_finish(*texts, rows=False)
+    return image_grad, text_out, dots.sum() * factor, bias_out
+
+
+def _blocks(image: Tensor, text: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and columns of every block of G."""
+    (num_rows, _), num_cols = image.shape, text.shape[0]
+    height = min(num_rows, _BLOCK_ROWS)
+    width = max(256, _BLOCK_BYTES // (image.element_size() * padded_shape(height, 0)[0]) // 256 * 256)
+    return [
+        (slice(r, min(r + height, num_rows)), slice(c, min(c + width, num_cols)))
+        for r in range(0, num_rows, height)
+        for c in range(0, num_cols, width)
+    ]
+
+
+def _gradient_block(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    matches: Matches | None,
+    row_stat: Tensor,
+    col_stat: Tensor,
+    shift: Tensor,
+    unsafe: Tensor | None,
+    kept: Tensor | None,
+    rows: slice,
+    cols: slice,
+    offset: int,
+    kind: str,
+    mode: str,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """G without its positives, (rows, columns) in the features' dtype, and column sums of it, a row a tile of rows."""
+    height, width = rows.stop - rows.start, cols.stop - cols.start
+    block = image.new_empty(padded_shape(height, width))[:height, :width]
+    rescale, narrow = _rescale_options(), kind != "sigmoid" and bias_grad
+    # Zeros: one of two kernels writes, and their tiles differ.
+    sums = image.new_zeros((triton.cdiv(height, 32) if bias_grad else 0, width), dtype=torch.float32)
+    codes = (None, None) if matches is None else (matches.row_code, matches.col_code)
+    place = (rows.start, cols.start, rows.stop, cols.stop, image.shape[0], text.shape[0])
+    choices = {"KIND": kind, "MATCH": matches is not None, "SUMS": bias_grad}
+    with on_device_of(image):
+        if kept is not None:
+            _contrastive_rescale_kernel[_grid(height, width, rescale)](
+                *(kept, *codes, row_stat, col_stat, shift, unsafe, block, sums),
+                *(kept.stride(0), block.stride(0), *place, offset),
+                **choices,
+                **rescale,
+            )
+        for online in (False, True):
+            if (kept is not None and not online) or (kind == "sigmoid" and online):
+                continue
+            options = tile_options(image.dtype, gpu_generation(image), small=online, narrow=narrow)
+            _contrastive_bwd_kernel[_grid(height, width, options)](
+                *(image, text, scale, bias, *codes, row_stat, col_stat, shift, unsafe, block, sums),
+                *(image.stride(0), text.stride(0), block.stride(0), *place, image.shape[1], offset),
+                ONLINE=online,
+                HAS_BIAS=bias is not None,
+                FACTOR=_block_factor(image.dtype),
+                EVEN_D=image.shape[1] % options["BLOCK_D"] == 0,
+                **choices,
+                **options,
+            )
+    return block, sums
+
+
+def _grid(height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(height, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_C"])
+
+
+def _block_factor(dtype: torch.dtype) -> float:
+    return _FP16_FACTOR if dtype == torch.float16 else 1.0
+
+
+def _accumulate(total: Tensor, block: Tensor, features: Tensor) -> None:
+    """total (n, D) fp32 += block (n, m) features (m, D)."""
+    alpha = 1 / _block_factor(block.dtype)
+    if block.is_cuda and block.dtype != torch.float32:
+        torch.addmm(total, block, features, out_dtype=torch.float32, alpha=alpha, out=total)
+    else:
+        total.addmm_(block.float(), features.float(), alpha=alpha)
+
+
+def compile_cases() -> Iterator[Case]:
+    """The configurations that `compile_check` compiles."""
+    for dtype, kind, match, bias, even in (
+        (torch.bfloat16, "both", False, False, True),
+        (torch.bfloat16, "both", True, False, True),
+        (torch.bfloat16, "both", True, True, False),
+        (torch.bfloat16, "rows", True, False, True),
+        (torch.bfloat16, "rows", True, True, False),
+        (torch.bfloat16, "sigmoid", False, True, True),
+        (torch.bfloat16, "sigmoid", True, True, False),
+        (torch.float16, "both", False, False, False),
+        (torch.float32, "both", True, True, True),
+        (torch.float32, "sigmoid", False, True, False),
+    ):
+        for generation in (8, 9, 10):
+            for online in (False,) if kind == "sigmoid" else (False, True):
+                yield _case(dtype, kind, match, bias, even, online, generation)
+    for kind, match, sums in (("both", True, True), ("rows", False, False)):
+        yield _rescale_case(kind, match, sums)
+
+
+_PLACE = ("first_row", "first_col", "last_row", "last_col", "num_rows", "num_cols", "offset")
+
+
+def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, even: bool, online: bool, generation: int) -> Case:
+    options = tile_options(dtype, generation, small=online, narrow=kind != "sigmoid" and bias)
+    pointers = dict.fromkeys(("image_ptr", "text_ptr", "block_ptr"), pointer_to(dtype))
+    pointers |= dict.fromkeys(("scale_ptr", "row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
+    pointers |= {} if kind == "sigmoid" else {"unsafe_ptr": "*i32"}
+    pointers |= {"bias_ptr": "*fp32"} if bias else {}
+    pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if match else {}
+    strides = ("image_stride", "text_stride", "block_stride")
+    words = [kind, *(word for word, told in (("ids", match), ("bias", bias), ("ragged D", not even)) if told)]
+    return Case(
+        name=f"contrastive_loss bwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
+        kernel=_contrastive_bwd_kernel,
+        types=pointers | dict.fromkeys((*strides, *_PLACE, "dim"), "i32"),
+        constants=dict.fromkeys(("bias_ptr", "row_code_ptr", "col_code_ptr", "unsafe_ptr"))
+        | {"KIND": kind, "ONLINE": online, "MATCH": match, "HAS_BIAS": bias, "SUMS": bias, "EVEN_D": even}
+        | {"FACTOR": _block_factor(dtype)}
+        | {key: value for key, value in options.items() if key.isupper()},
+        divisible=(*pointers, *strides, "first_row", "first_col", "dim"),
+        options={key: value for key, value in options.items() if not key.isupper()},
+        generation=generation,
+        tensor_core=dtype != torch.float32,
+        latest=dtype != torch.float32,
+    )
+
+
+def _rescale_case(kind: str, match: bool, sums: bool) -> Case:
+    options = _rescale_options()
+    pointers = dict.fromkeys(("kept_ptr", "block_ptr"), "*bf16")
+    pointers |= dict.fromkeys(("row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("unsafe_ptr", *(("row_code_ptr", "col_code_ptr") if match else ())), "*i32")
+    return Case(
+        name=f"contrastive_loss bwd from kept {kind}{' ids bias' * match}",
+        kernel=_contrastive_rescale_kernel,
+        types=pointers | dict.fromkeys(("kept_stride", "block_stride", *_PLACE), "i32"),
+        constants=dict.fromkeys(("row_code_ptr", "col_code_ptr"))
+        | {"KIND": kind, "MATCH": match, "SUMS": sums, "BLOCK_R": options["BLOCK_R"], "BLOCK_C": options["BLOCK_C"]},
+        divisible=(*pointers, "kept_stride", "block_stride", "first_row", "first_col"),
+        options={"num_warps": options["num_warps"]},
+        tensor_core=False,
+    )

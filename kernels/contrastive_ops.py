@@ -1,0 +1,215 @@
+"""Sums over a matrix of logits that is never in memory, and their gradient: the ops under the contrastive losses.
+
+    s_ij = scale <I_i, T_j> + b_j      Y_ij = row_weight_i + col_weight_j at a positive, 0 elsewhere
+
+    kind        row_stat_i              col_stat_j              total                       G_ij
+    "both"      logsumexp_j s_ij = r_i  logsumexp_i s_ij = c_j  sum of r, c and -Y s        e^(s-r) + e^(s-c) - Y
+    "rows"      logsumexp_j s_ij = r_i  (empty)                 sum of r and -Y s           e^(s-r) - Y
+    "sigmoid"   sum_j softplus(s_ij)    (empty)                 sum of softplus(s), -Y s    sigmoid(s) - Y
+
+    dI = scale G T      dT = scale G^T I      db = column sums of G      dscale = sum_i <I_i, (G T)_i>
+
+A tile of logits gives both its row and its column sums, so the forward is a single matrix product, 2 R C D FLOP (a loss
+computed once a side needs two); the backward is three, or two where the forward kept exp(s). On a GPU the work is done
+by contrastive_kernels.py and contrastive_backward_kernels.py, elsewhere by contrastive_plain.py. Results repeat bit by
+bit. Sums, exponentials and statistics are fp32 for every half-precision dtype.
+
+Letters: R rows (images), C columns (texts), D features. Arguments that everything here shares: image (R, D), text
+(C, D); scale of one element; bias (C,) or None; row_ids (R,) and col_ids (C,) int64 or None; row_weight (R,) and
+col_weight (C,) from `positive_weights`; shift, one element, from `safe_shift`; row i is paired with column offset + i.
+mode says what equal ids mean: "diagonal" (there are none), "share" (equal ids are positives), "mask" (equal ids off the
+pair count nowhere).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import accumulate_dtype, autocast_off, launches_triton
+from .contrastive_backward_kernels import triton_gradients
+from .contrastive_kernels import triton_statistics
+from .contrastive_plain import plain_gradients, plain_statistics
+from .contrastive_tile import padded_shape
+
+# exp(s - shift) may not overflow in fp32, nor a sum of millions of them: exp(64) times 2^20 is half of the largest.
+_LARGEST_EXPONENT = 64.0
+
+
+def magnitudes(image: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+    """(3,) the largest norm of an image, of a text, and the largest bias; -inf or 0 where there is none."""
+    compute = accumulate_dtype(image.dtype)
+    found = [
+        torch.linalg.vector_norm(x, dim=1, dtype=compute).amax() if x.shape[0] else x.new_zeros((), dtype=compute)
+        for x in (image, text)
+    ]
+    largest = image.new_zeros((), dtype=compute)
+    if bias is not None:
+        largest = bias.to(compute).amax() if bias.shape[0] else image.new_full((), -torch.inf, dtype=compute)
+    return torch.stack([*found, largest])
+
+
+def safe_shift(largest: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """(1,) what is subtracted from every logit so that exp() cannot overflow, from `magnitudes`; often 0.
+
+    |<I, T>| <= |I| |T| bounds the logits. Where that bound is so loose that sums underflow, the kernels notice and
+    compute with the largest logits instead. A sigmoid saturates, and knows no shift.
+    """
+    image, text, bias = largest.unbind()
+    bound = scale.to(largest.dtype).reshape(()).abs() * image * text + bias
+    return (bound - (torch.inf if kind == "sigmoid" else _LARGEST_EXPONENT)).clamp_min(0.0).reshape(1)
+
+
+def keeps_logits(image: Tensor, num_cols: int, kind: str, budget: int) -> bool:
+    """Whether the forward should keep exp(s - shift), as bf16 (R, C), for the backward."""
+    fits = 2 * image.shape[0] * num_cols <= budget
+    return fits and launches_triton(image) and image.dtype == torch.bfloat16 and kind != "sigmoid"
+
+
+def pair_statistics(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    shift: Tensor,
+    kept: Tensor | None,
+    offset: int,
+    kind: str,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row_stat (R,), col_stat (C,) (empty for one-sided kinds) and target (R,), target_i = sum_j Y_ij s_ij.
+
+    kept: bf16 of the `padded_shape` of (R, C), is filled with exp(s - shift); None where `keeps_logits` says no.
+    """
+    if image.device.type == "cpu" and not torch.isfinite(scale).all():
+        raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
+    arguments = (image, text, scale, bias, row_ids, col_ids, row_weight, col_weight)
+    with torch.no_grad(), autocast_off(image):
+        if launches_triton(image):
+            return triton_statistics(*arguments, shift, kept, offset, kind, mode)
+        return plain_statistics(*arguments, offset, kind, mode)
+
+
+def loss_terms(row_stat: Tensor, col_stat: Tensor, target: Tensor, kind: str) -> Tensor:
+    """(R,) share of each row in the total; col_stat (R,): of the columns that the rows are paired with."""
+    # Subtract before summing: the terms are small differences of large numbers.
+    return row_stat + col_stat - target if kind == "both" else row_stat - target
+
+
+@torch.library.custom_op("eclip::contrastive_total", mutates_args=())
+def contrastive_total(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    kind: str,
+    mode: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return total (), row_stat, col_stat, shift (1,) and kept (bf16, (0, 0) unless `keep`).
+
+    Rows are paired with the first R columns. Differentiable in image, text, scale and bias through `total` alone.
+    """
+    shift = safe_shift(magnitudes(image, text, bias), scale, kind)
+    kept = _new_kept(image, text, keep)
+    row_stat, col_stat, target = pair_statistics(
+        *(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift),
+        *(kept if keep else None, 0, kind, mode),
+    )
+    return loss_terms(row_stat, col_stat, target, kind).sum(), row_stat, col_stat, shift, kept
+
+
+def _new_kept(image: Tensor, text: Tensor, keep: bool) -> Tensor:
+    shape = padded_shape(image.shape[0], text.shape[0]) if keep else (0, 0)
+    return image.new_empty(shape, dtype=torch.bfloat16)
+
+
+@contrastive_total.register_fake
+def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, kind, mode, keep):
+    compute = accumulate_dtype(image.dtype)
+    return (
+        image.new_empty((), dtype=compute),
+        image.new_empty((image.shape[0],), dtype=compute),
+        image.new_empty((text.shape[0] if kind == "both" else 0,), dtype=compute),
+        image.new_empty((1,), dtype=compute),
+        _new_kept(image, text, keep),
+    )
+
+
+@torch.library.custom_op("eclip::contrastive_gradients", mutates_args=())
+def pair_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_stat: Tensor,
+    col_stat: Tensor,
+    shift: Tensor,
+    kept: Tensor | None,
+    factor: Tensor,
+    offset: int,
+    kind: str,
+    mode: str,
+    text_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return factor times the gradients of the total: image (R, D), text (C, D), scale () and bias (C,).
+
+    The first two are in the features' dtype, the others in the statistics'. text and bias have no rows unless asked
+    for. factor (): the gradient of the total. col_stat may cover more rows than `image` has (the rows of all ranks).
+    """
+    arguments = (image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_stat, col_stat)
+    with autocast_off(image):
+        if launches_triton(image):
+            return triton_gradients(*arguments, shift, kept, factor, offset, kind, mode, text_grad, bias_grad)
+        return plain_gradients(*arguments, factor, offset, kind, mode, text_grad, bias_grad)
+
+
+@pair_gradients.register_fake
+def _(
+    image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_stat, col_stat, shift, kept, factor,
+    offset, kind, mode, text_grad, bias_grad,
+):  # fmt: skip
+    compute = accumulate_dtype(image.dtype)
+    return (
+        image.new_empty(image.shape),
+        text.new_empty((text.shape[0] if text_grad else 0, text.shape[1])),
+        image.new_empty((), dtype=compute),
+        text.new_empty((text.shape[0] if bias_grad else 0,), dtype=compute),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.kind, ctx.mode, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *arguments, kept = ctx.saved_tensors
+    scale, bias = arguments[2:4]
+    needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    image_grad, text_grad, scale_grad, bias_grad = pair_gradients(
+        *arguments, kept if ctx.keep else None, grad, 0, ctx.kind, ctx.mode, needs_text, needs_bias
+    )
+    return (
+        image_grad if needs_image else None,
+        text_grad if needs_text else None,
+        scale_grad.to(scale.dtype).reshape(scale.shape) if needs_scale else None,
+        bias_grad.to(bias.dtype) if needs_bias else None,
+        *(None,) * 7,
+    )
+
+
+contrastive_total.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,234 @@
+"""The Triton kernels under the contrastive losses where the public functions do not look: panels, blocks, fallbacks.
+
+On the paths that run them, interpreted and on a GPU. What all paths share is tested in test_contrastive_loss.py and
+test_sigmoid_loss.py.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_tile
+from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from eclip.kernels.contrastive_ops import keeps_logits, magnitudes, pair_statistics, safe_shift
+from eclip.kernels.contrastive_positives import find_matches, positive_weights
+from eclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
+from tests.kernels.contrastive_checks import Arguments, check, make_arguments, on, value_and_grads, with_features
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Paths that launch kernels."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers so small that a batch of 300 takes several panels of rows and several blocks of G."""
+    monkeypatch.setattr(contrastive_kernels, "_PANEL_NUMBERS", 200)
+    monkeypatch.setattr(contrastive_kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(contrastive_backward_kernels, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(contrastive_backward_kernels, "_BLOCK_BYTES", 1)
+
+
+check_contrastive = functools.partial(check, contrastive_loss, contrastive_loss_reference)
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 100), (torch.bfloat16, 300)])
+def test_panels_and_blocks(device: torch.device, tiny: None, dtype: torch.dtype, batch: int) -> None:
+    for positives in ("soft", "mask"):
+        arguments = on(device, make_arguments(batch, 16, positives, bias=positives == "soft"))
+        check_contrastive(with_features(arguments, dtype))
+    ids = on(device, make_arguments(batch, 16, "mask"))
+    arguments = {**with_features(ids, dtype), "logit_bias": torch.tensor(-3.0, device=device)}
+    check(sigmoid_loss, sigmoid_loss_reference, arguments)
+
+
+# --- The shift and its fallback ---------------------------------------------------------------------------------------
+
+
+def opposed(batch: int, dim: int, **options: Any) -> Arguments:
+    """All cosines near -1: at scale 117 every exp(s - shift) is 0 in fp32."""
+    arguments = make_arguments(batch, dim, scale=117.0, **options)
+    image, text = arguments["image_features"], arguments["text_features"]
+    centre = image.mean(0)
+    arguments["image_features"] = F.normalize(centre + 0.05 * image, dim=-1)
+    arguments["text_features"] = F.normalize(-centre + 0.05 * text, dim=-1)
+    return arguments
+
+
+def statistics(arguments: Arguments, kind: str = "both") -> tuple[torch.Tensor, ...]:
+    """row_stat, col_stat and shift of diagonal positives."""
+    image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
+    weights = positive_weights(image, len(text), None, 0, kind, "diagonal")
+    shift = safe_shift(magnitudes(image, text, None), scale, kind)
+    rows, cols, _ = pair_statistics(image, text, scale, None, None, None, *weights, shift, None, 0, kind, "diagonal")
+    return rows, cols, shift
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positives", ["diagonal", "soft"])
+def test_sums_that_underflow_are_computed_again(device: torch.device, dtype: torch.dtype, positives: str) -> None:
+    arguments = on(device, with_features(opposed(70, 24, positives=positives), dtype))
+    rows, cols, shift = statistics(arguments)
+    assert shift > 50 and torch.maximum(rows, cols).max() < shift - contrastive_kernels.UNDERFLOW
+    check_contrastive(arguments)
+
+
+def test_one_row_that_underflows(device: torch.device, tiny: None) -> None:
+    """The others' sums are in range; so are the column's. Everything is computed again, several panels of it."""
+    arguments = make_arguments(200, 24, scale=117.0)
+    arguments["image_features"][150] = F.normalize(-arguments["text_features"].mean(0), dim=-1)
+    arguments["text_features"] = F.normalize(
+        arguments["text_features"].mean(0) + 0.05 * arguments["text_features"], dim=-1
+    )
+    arguments["image_features"][:150] = F.normalize(
+        arguments["image_features"][:150] + arguments["text_features"][:150], dim=-1
+    )
+    rows, _, shift = statistics(on(device, arguments))
+    assert rows[150] < shift - contrastive_kernels.UNDERFLOW < rows[:150].min()
+    check_contrastive(on(device, arguments))
+
+
+def test_features_that_are_not_normalised(device: torch.device) -> None:
+    """The largest logit is found from norms."""
+    arguments = make_arguments(40, 24, scale=3000.0)
+    for name in ("image_features", "text_features"):
+        arguments[name] *= torch.linspace(0.1, 1, 40)[:, None]
+    assert statistics(on(device, arguments))[2] > 2900
+    check_contrastive(on(device, arguments))
+
+
+def test_shift_is_zero_while_logits_are_small() -> None:
+    arguments = make_arguments(40, 24, scale=60.0)
+    assert statistics(arguments)[2] == 0
+    image, text = arguments["image_features"], arguments["text_features"]
+    bias = torch.tensor([-5.0, 10.0])
+    largest = magnitudes(image, text, bias)
+    assert torch.allclose(safe_shift(largest, torch.tensor(-60.0), "rows"), torch.tensor(6.0))
+    assert safe_shift(largest, torch.tensor(1e4), "sigmoid") == 0
+    assert magnitudes(image[:0], text[:0], bias[:0]).tolist() == [0, 0, -torch.inf]
+
+
+@pytest.mark.parametrize("where", ["image_features", "text_features"])
+def test_nan_features_give_a_nan_loss(device: torch.device, tiny: None, where: str) -> None:
+    arguments = on(device, make_arguments(150, 16))
+    arguments[where][3, 5] = torch.nan
+    assert contrastive_loss(**arguments).isnan()
+    arguments = {**arguments, "logit_bias": -10.0}
+    assert sigmoid_loss(**arguments).isnan()
+
+
+# --- What the forward keeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
+@pytest.mark.parametrize("sides", ["both", "rows"])
+def test_kept_logits_give_the_same_gradients(device: torch.device, tiny: None, positives: str, sides: str) -> None:
+    arguments = make_arguments(100, 16, positives, scale=100.0, keys=100 if sides == "both" else 120, bias=True)
+    arguments = {**on(device, with_features(arguments, torch.bfloat16)), "sides": sides}
+    assert keeps_logits(arguments["image_features"], 120, sides, 2 * 100 * 120)
+    for keep_bytes in (0, 2 * 100 * 120):
+        check_contrastive(arguments, keep_bytes=keep_bytes, roundings=2 if keep_bytes else 1)
+
+
+def test_kept_logits_that_underflow(device: torch.device) -> None:
+    """What was kept is 0 everywhere: the backward computes logits again."""
+    arguments = on(device, with_features(opposed(70, 24), torch.bfloat16))
+    found, again = (value_and_grads(functools.partial(contrastive_loss, keep_bytes=k), arguments) for k in (2**20, 0))
+    for name, value in again.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_keeps_only_where_it_fits(device: torch.device) -> None:
+    half = torch.zeros(10, 8, dtype=torch.bfloat16, device=device)
+    assert keeps_logits(half, 12, "both", 240) and not keeps_logits(half, 12, "both", 239)
+    assert not keeps_logits(half, 12, "sigmoid", 240)  # its backward is one exp from the logits, and no row sum
+    assert not keeps_logits(half.half(), 12, "both", 240)  # exp(64) is beyond fp16
+
+
+def test_cpu_keeps_nothing() -> None:
+    assert not keeps_logits(torch.zeros(10, 8, dtype=torch.bfloat16), 12, "both", 240)
+
+
+# --- Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_matches_list_equal_ids() -> None:
+    row_ids, col_ids = torch.tensor([5, 3, 5, 9, -7]), torch.tensor([3, 5, 1, 5, -7, 3])
+    found = find_matches(row_ids, col_ids)
+    for i, row in enumerate(row_ids):
+        columns = (col_ids == row).nonzero().flatten()
+        assert torch.equal(found.col_order[found.row_start[i] : found.row_end[i]], columns)
+        assert torch.equal((found.col_code == found.row_code[i]).nonzero().flatten(), columns)
+    for j, col in enumerate(col_ids):
+        rows = (row_ids == col).nonzero().flatten()
+        assert torch.equal(found.row_order[found.col_start[j] : found.col_end[j]], rows)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16384, 32768), (5, 2**30), (2**20, 2**20), (16385, 70000)])
+def test_blocks_cover_the_matrix_within_the_budget(shape: tuple[int, int]) -> None:
+    image, text = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in shape)
+    blocks = contrastive_backward_kernels._blocks(image, text)
+    for rows, cols in blocks:
+        height, width = contrastive_tile.padded_shape(rows.stop - rows.start, cols.stop - cols.start)
+        assert 2 * height * width <= max(contrastive_backward_kernels._BLOCK_BYTES, 2 * height * 256)
+    covered = sum((rows.stop - rows.start) * (cols.stop - cols.start) for rows, cols in blocks)
+    assert covered == shape[0] * shape[1]
+    assert all(cols.start % 256 == 0 and rows.start % 128 == 0 for rows, cols in blocks)
+
+
+def test_fp16_keeps_small_probabilities(device: torch.device) -> None:
+    """Entries of G below 6e-8, fp16's least number, count: here 1e-7 each, of texts that all look alike."""
+    arguments = make_arguments(64, 16, scale=10.0)
+    arguments["text_features"][1:] = arguments["text_features"][1]
+    arguments["bias"] = torch.full((64,), -9.0)
+    arguments["bias"][0] = 5.0
+    arguments = on(device, with_features(arguments, torch.float16))
+    check_contrastive({**arguments, "sides": "rows"})
+
+
+def test_every_output_element_is_written(device: torch.device) -> None:
+    """Uninitialised memory is filled with NaN; padding to tiles must leave none behind."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3, device=device).isnan().all()
+        for dtype, positives in ((torch.float32, "soft"), (torch.bfloat16, "mask"), (torch.bfloat16, "diagonal")):
+            arguments = on(device, with_features(make_arguments(131, 20, positives, bias=True), dtype))
+            for name, value in value_and_grads(contrastive_loss, arguments).items():
+                assert value.isfinite().all(), name
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("scale", [50.0, 100.0])
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_gradients_are_better_than_from_half_precision_logits(
+    device: torch.device, scale: float, keep_bytes: int
+) -> None:
+    """As training has them: pairs are alike and the loss is small. Half the error of logits in bf16 at most, in rms."""
+    arguments = make_arguments(128, 128, scale=scale)
+    image, text = arguments["image_features"], arguments["text_features"]
+    arguments["text_features"] = F.normalize(0.5 * image + text, dim=-1)
+    arguments = on(device, with_features(arguments, torch.bfloat16))
+    exact = value_and_grads(contrastive_loss_reference, arguments, torch.float64)
+    ours = value_and_grads(functools.partial(contrastive_loss, keep_bytes=keep_bytes), arguments)
+    rough = value_and_grads(half_precision_logits, arguments)
+    for name in ("image_features", "text_features"):
+        error, allowed = ((found[name] - exact[name]).square().mean().sqrt() for found in (ours, rough))
+        assert error <= allowed / 2, f"{name}: {error:.2e}, half-precision logits {allowed:.2e}"
+
+
+def half_precision_logits(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor, positives: str
+) -> torch.Tensor:
+    """The usual few lines: a product rounded to bf16, the rest in fp32."""
+    logits = logit_scale * (image_features @ text_features.T).float()
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
