@@ -52,7 +52,8 @@ for i in $(seq $warmers); do
   # A sixth of the memory each: the tests need some too. What fails here fails again below, and is reported there.
   TORCHINDUCTOR_COMPILE_THREADS=2 part 190 "$python" -m pytest -q -p benchmarks.shard --shard "$i/$warmers" \
     --memory-share 0.167 --benchmark-disable -k "(ours or kv_fused or compile or cublas or peer) and not ($large)" \
-    benchmarks/bench_slot_attention.py benchmarks/bench_contrastive_loss.py > "$work/warm.$i.log" 2>&1 &
+    benchmarks/bench_slot_attention.py benchmarks/bench_contrastive_loss.py benchmarks/bench_sigmoid_loss.py \
+    > "$work/warm.$i.log" 2>&1 &
 done
 # Counts bytes between two processes on the CPU: no clock to disturb.
 part 190 "$python" -m benchmarks.contrastive_traffic --json "$work/contrastive_traffic.json" > "$work/traffic.log" 2>&1 &
@@ -79,8 +80,8 @@ bench() {
 # Our kernels in a process of their own: one that breaks the CUDA context takes no baseline along.
 bench slot_attention_baselines 100 benchmarks/bench_slot_attention.py -k 'not ours and not kv_fused'
 bench slot_attention_ours 90 benchmarks/bench_slot_attention.py -k 'ours or kv_fused'
-bench contrastive_loss_ours 45 benchmarks/bench_contrastive_loss.py -k ours
-bench contrastive_loss_others 60 benchmarks/bench_contrastive_loss.py -k 'not ours'
+bench contrastive_loss_ours 45 benchmarks/bench_contrastive_loss.py benchmarks/bench_sigmoid_loss.py -k ours
+bench contrastive_loss_others 60 benchmarks/bench_contrastive_loss.py benchmarks/bench_sigmoid_loss.py -k 'not ours'
 bench decode 25 benchmarks/bench_decode.py
 reports+=("$work/contrastive_traffic.json")
 

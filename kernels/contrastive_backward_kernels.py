@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, gpu_generation, on_device_of, readable
+from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_kernels import underflows
 from .contrastive_positives import Matches, find_matches
 from .contrastive_positives_kernels import triton_finish
-from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options
+from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options, whole_tiles
 
 # A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. The GEMMs reach their rate at a tenth of that; a
 # large block means fewer passes over the fp32 gradients, which each block reads and writes.
@@ -91,7 +91,6 @@ def _contrastive_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     SUMS: tl.constexpr,
     FACTOR: tl.constexpr,
-    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -113,7 +112,6 @@ def _contrastive_bwd_kernel(
         image_stride,
         text_stride,
         dim,
-        EVEN_D,
         PRECISION,
         BLOCK_R,
         BLOCK_C,
@@ -222,7 +220,8 @@ def triton_gradients(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_gradients`."""
-    image, text = readable(image), readable(text)
+    dim = image.shape[1]
+    image, text = whole_tiles(image), whole_tiles(text)
     bias = bias if bias is None else bias.contiguous()
     matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
     image_sum = image.new_zeros(image.shape, dtype=torch.float32)
@@ -242,11 +241,10 @@ def triton_gradients(
             if col_sum is not None:
                 col_sum[cols] += sums.sum(0)
     weights = (row_weight, col_weight, row_stat, col_stat, factor)
-    ends = (offset, kind, mode)
+    ends = (dim, offset, kind, mode)
     image_grad, dots, _ = triton_finish(*problem, *weights, image_sum, None, *ends, rows=True)
     # Empty where neither is asked for: nothing is launched then.
-    texts = (*problem, *weights, text_sum, col_sum, *ends)
-    text_out, _, bias_out = triton_finish(*texts, rows=False)
+    text_out, _, bias_out = triton_finish(*problem, *weights, text_sum, col_sum, *ends, rows=False)
     return image_grad, text_out, dots.sum() * factor, bias_out
 
 
@@ -307,7 +305,6 @@ def _gradient_block(
                 ONLINE=online,
                 HAS_BIAS=bias is not None,
                 FACTOR=_block_factor(image.dtype),
-                EVEN_D=image.shape[1] % options["BLOCK_D"] == 0,
                 **choices,
                 **options,
             )
@@ -333,21 +330,21 @@ def _accumulate(total: Tensor, block: Tensor, features: Tensor) -> None:
 
 def compile_cases() -> Iterator[Case]:
     """The configurations that `compile_check` compiles."""
-    for dtype, kind, match, bias, even in (
-        (torch.bfloat16, "both", False, False, True),
-        (torch.bfloat16, "both", True, False, True),
-        (torch.bfloat16, "both", True, True, False),
-        (torch.bfloat16, "rows", True, False, True),
-        (torch.bfloat16, "rows", True, True, False),
-        (torch.bfloat16, "sigmoid", False, True, True),
-        (torch.bfloat16, "sigmoid", True, True, False),
-        (torch.float16, "both", False, False, False),
-        (torch.float32, "both", True, True, True),
-        (torch.float32, "sigmoid", False, True, False),
+    for dtype, kind, match, bias in (
+        (torch.bfloat16, "both", False, False),
+        (torch.bfloat16, "both", True, False),
+        (torch.bfloat16, "both", True, True),
+        (torch.bfloat16, "rows", True, False),
+        (torch.bfloat16, "rows", True, True),
+        (torch.bfloat16, "sigmoid", False, True),
+        (torch.bfloat16, "sigmoid", True, True),
+        (torch.float16, "both", False, False),
+        (torch.float32, "both", True, True),
+        (torch.float32, "sigmoid", False, True),
     ):
         for generation in (8, 9, 10):
             for online in (False,) if kind == "sigmoid" else (False, True):
-                yield _case(dtype, kind, match, bias, even, online, generation)
+                yield _case(dtype, kind, match, bias, online, generation)
     for kind, match, sums in (("both", True, True), ("rows", False, False)):
         yield _rescale_case(kind, match, sums)
 
@@ -355,7 +352,7 @@ def compile_cases() -> Iterator[Case]:
 _PLACE = ("first_row", "first_col", "last_row", "last_col", "num_rows", "num_cols", "offset")
 
 
-def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, even: bool, online: bool, generation: int) -> Case:
+def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, generation: int) -> Case:
     options = tile_options(dtype, generation, small=online, narrow=kind != "sigmoid" and bias)
     pointers = dict.fromkeys(("image_ptr", "text_ptr", "block_ptr"), pointer_to(dtype))
     pointers |= dict.fromkeys(("scale_ptr", "row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
@@ -363,13 +360,13 @@ def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, even: bool, on
     pointers |= {"bias_ptr": "*fp32"} if bias else {}
     pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if match else {}
     strides = ("image_stride", "text_stride", "block_stride")
-    words = [kind, *(word for word, told in (("ids", match), ("bias", bias), ("ragged D", not even)) if told)]
+    words = [kind, *(word for word, told in (("ids", match), ("bias", bias)) if told)]
     return Case(
         name=f"contrastive_loss bwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
         kernel=_contrastive_bwd_kernel,
         types=pointers | dict.fromkeys((*strides, *_PLACE, "dim"), "i32"),
         constants=dict.fromkeys(("bias_ptr", "row_code_ptr", "col_code_ptr", "unsafe_ptr"))
-        | {"KIND": kind, "ONLINE": online, "MATCH": match, "HAS_BIAS": bias, "SUMS": bias, "EVEN_D": even}
+        | {"KIND": kind, "ONLINE": online, "MATCH": match, "HAS_BIAS": bias, "SUMS": bias}
         | {"FACTOR": _block_factor(dtype)}
         | {key: value for key, value in options.items() if key.isupper()},
         divisible=(*pointers, *strides, "first_row", "first_col", "dim"),

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E, gpu_generation, on_device_of, readable
+from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_positives import Matches, find_matches
 from .contrastive_positives_kernels import triton_target
-from .contrastive_tile import column_offsets, products, same_ids, store_tile, tile_options
+from .contrastive_tile import column_offsets, products, same_ids, store_tile, tile_options, whole_tiles
 
 # Numbers in the buffer of column sums, one for every tile of rows and column: 128 MiB, whatever the batch.
 _PANEL_NUMBERS = 2**25
@@ -62,7 +62,6 @@ def _contrastive_fwd_kernel(
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
-    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -94,7 +93,6 @@ def _contrastive_fwd_kernel(
             image_stride,
             text_stride,
             dim,
-            EVEN_D,
             PRECISION,
             BLOCK_R,
             BLOCK_C,
@@ -237,7 +235,7 @@ def triton_statistics(
     col_stat = image.new_full((num_cols if kind == "both" else 0,), nothing, dtype=torch.float32)
     if num_rows == 0 or num_cols == 0:
         return row_stat, col_stat, torch.zeros_like(row_stat)
-    image, text = readable(image), readable(text)
+    image, text = whole_tiles(image), whole_tiles(text)
     bias = bias if bias is None else bias.contiguous()
     matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
     target = triton_target(image, text, scale, bias, matches, row_weight, col_weight, offset, mode)
@@ -312,7 +310,6 @@ def _add_up(
                 MASKED=mode == "mask",
                 HAS_BIAS=bias is not None,
                 KEEP=kept is not None and not online,
-                EVEN_D=dim % options["BLOCK_D"] == 0,
                 **options,
             )
         form = "sum" if kind == "sigmoid" else "online" if online else "shifted"
@@ -343,20 +340,21 @@ _SUMS = {"PARTS": 16, "BLOCK": 64, "num_warps": 4}
 
 def compile_cases() -> Iterator[Case]:
     """The configurations that `compile_check` compiles."""
-    for dtype, kind, mode, bias, keep, even in (
-        (torch.bfloat16, "both", "diagonal", False, False, True),
-        (torch.bfloat16, "both", "share", False, True, True),
-        (torch.bfloat16, "both", "mask", True, True, False),
-        (torch.bfloat16, "rows", "mask", False, True, True),
-        (torch.bfloat16, "rows", "mask", True, False, False),
-        (torch.bfloat16, "sigmoid", "mask", True, False, True),
-        (torch.float16, "both", "diagonal", False, False, False),
-        (torch.float32, "both", "mask", True, False, True),
-        (torch.float32, "sigmoid", "diagonal", True, False, False),
+    for dtype, kind, mode, bias, keep in (
+        (torch.bfloat16, "both", "diagonal", False, False),
+        (torch.bfloat16, "both", "share", False, True),
+        (torch.bfloat16, "both", "mask", True, True),
+        (torch.bfloat16, "rows", "mask", False, True),
+        (torch.bfloat16, "rows", "mask", False, False),
+        (torch.bfloat16, "rows", "mask", True, False),
+        (torch.bfloat16, "sigmoid", "mask", True, False),
+        (torch.float16, "both", "diagonal", False, False),
+        (torch.float32, "both", "mask", True, False),
+        (torch.float32, "sigmoid", "diagonal", True, False),
     ):
         for generation in (8, 9, 10):
-            for online in (False,) if kind == "sigmoid" else (False, True):
-                yield _case(dtype, kind, mode, bias, keep and not online, even, online, generation)
+            for online in (False,) if kind == "sigmoid" or keep else (False, True):
+                yield _case(dtype, kind, mode, bias, keep, online, generation)
     for form in ("sum", "shifted", "online"):
         yield Case(
             name=f"contrastive_loss fwd {form} of sums",
@@ -372,9 +370,7 @@ def compile_cases() -> Iterator[Case]:
         )
 
 
-def _case(
-    dtype: torch.dtype, kind: str, mode: str, bias: bool, keep: bool, even: bool, online: bool, generation: int
-) -> Case:
+def _case(dtype: torch.dtype, kind: str, mode: str, bias: bool, keep: bool, online: bool, generation: int) -> Case:
     options = _options(dtype, generation, kind, mode, bias, keep, online)
     pointers = dict.fromkeys(("image_ptr", "text_ptr"), pointer_to(dtype))
     pointers |= dict.fromkeys(("scale_ptr", "shift_ptr", "row_part_ptr", "col_part_ptr"), "*fp32")
@@ -384,13 +380,13 @@ def _case(
     pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if mode == "mask" else {}
     counts = ("image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "num_rows", "num_cols", "dim")
     absent = ("bias_ptr", "kept_ptr", "unsafe_ptr", "row_code_ptr", "col_code_ptr")
-    words = [kind, mode, *(("bias",) if bias else ()), *(("kept",) if keep else ()), *(() if even else ("ragged D",))]
+    words = [kind, mode, *(("bias",) if bias else ()), *(("kept",) if keep else ())]
     return Case(
         name=f"contrastive_loss fwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
         kernel=_contrastive_fwd_kernel,
         types=pointers | dict.fromkeys((*counts, "offset", "span"), "i32"),
         constants=dict.fromkeys(absent)
-        | {"KIND": kind, "ONLINE": online, "MASKED": mode == "mask", "HAS_BIAS": bias, "KEEP": keep, "EVEN_D": even}
+        | {"KIND": kind, "ONLINE": online, "MASKED": mode == "mask", "HAS_BIAS": bias, "KEEP": keep}
         | {key: value for key, value in options.items() if key.isupper()},
         divisible=(*pointers, "image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "dim", "span"),
         options={key: value for key, value in options.items() if not key.isupper()},

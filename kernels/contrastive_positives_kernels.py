@@ -91,7 +91,7 @@ def _positive_gradient(logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_p
 def _contrastive_finish_kernel(
     own_ptr,  # the tower whose gradient this is
     other_ptr,
-    products_ptr,  # (n, D) sums of G times the other tower over all but the positives, or None
+    products_ptr,  # (n, D), padded: sums of G times the other tower over all but the positives, or None
     sums_ptr,  # (n,) the same sums of G alone, or None
     scale_ptr,
     bias_ptr,
@@ -110,6 +110,7 @@ def _contrastive_finish_kernel(
     bias_grad_ptr,  # (n,), for columns
     own_stride,
     other_stride,
+    products_stride,
     num_other,
     dim,
     offset,
@@ -128,9 +129,8 @@ def _contrastive_finish_kernel(
     own = tl.load(own_ptr + own_index.to(tl.int64) * own_stride + d, mask=d_in, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr).to(tl.float32)
     factor = tl.load(factor_ptr).to(tl.float32)
-    at = own_index.to(tl.int64) * dim + d
     if FEATURES:
-        total = tl.load(products_ptr + at, mask=d_in, other=0.0)
+        total = tl.load(products_ptr + own_index.to(tl.int64) * products_stride + d, mask=d_in, other=0.0)
     else:
         total = tl.zeros((BLOCK_D,), tl.float32)
     bias_grad = 0.0
@@ -161,7 +161,8 @@ def _contrastive_finish_kernel(
         total += gradient * other
         bias_grad += gradient
     if FEATURES:
-        tl.store(grad_ptr + at, (total * (scale * factor)).to(grad_ptr.dtype.element_ty), mask=d_in)
+        grad_at = grad_ptr + own_index.to(tl.int64) * dim + d
+        tl.store(grad_at, (total * (scale * factor)).to(grad_ptr.dtype.element_ty), mask=d_in)
     if ROWS:
         tl.store(dot_ptr + own_index, tl.sum(own * total, 0))
     if BIAS_GRAD:
@@ -213,6 +214,7 @@ def triton_finish(
     factor: Tensor,
     products: Tensor | None,
     sums: Tensor | None,
+    dim: int,
     offset: int,
     kind: str,
     mode: str,
@@ -221,12 +223,13 @@ def triton_finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the images (`rows`) or of the texts, with the positives added to the sums over all others.
 
-    products: (n, D) fp32, G times the other tower, or None where features want no gradient. sums: (n,) fp32, of G, or
-    None where the bias wants none. Returns the features' gradient (n, D) (empty without `products`), <own, G other>
-    (n,) (rows only, else empty) and the bias's gradient (n,) (empty without `sums`).
+    products: (n, >= D) fp32, G times the other tower, or None where features want no gradient. sums: (n,) fp32, of G,
+    or None where the bias wants none. dim: D, beyond which features are padding. Returns the features' gradient (n, D)
+    (empty without `products`), <own, G other> (n,) (rows only, else empty) and the bias's gradient (n,) (empty without
+    `sums`).
     """
     own, other = (image, text) if rows else (text, image)
-    count, dim = own.shape
+    count = own.shape[0]
     grad = own.new_empty((count if products is not None else 0, dim))
     dots = own.new_empty((count if rows else 0,), dtype=torch.float32)
     bias_grad = own.new_empty((count if sums is not None else 0,), dtype=torch.float32)
@@ -238,7 +241,8 @@ def triton_finish(
             *(own, other, products, sums, scale, bias, factor),
             *(_code_and_ranges(matches, rows=rows) if share else (None,) * 5),
             *(row_weight, col_weight, row_stat, col_stat, grad, dots, bias_grad),
-            *(own.stride(0), other.stride(0), len(other), dim, offset if rows else -offset),
+            *(own.stride(0), other.stride(0), 0 if products is None else products.stride(0)),
+            *(len(other), dim, offset if rows else -offset),
             KIND=kind,
             SHARE=share,
             ROWS=rows,
@@ -313,7 +317,7 @@ def _finish_case(dtype: torch.dtype, dim: int, kind: str, share: bool, bias: boo
     return _row_case(
         f"finish {'images' if rows else 'texts'} {str(dtype)[6:]} D={dim} {kind}{' ids' * share}{' bias' * bias}",
         *(_contrastive_finish_kernel, dim, pointers),
-        ("own_stride", "other_stride", "num_other", "dim", "offset"),
+        ("own_stride", "other_stride", "products_stride", "num_other", "dim", "offset"),
         KIND=kind,
         SHARE=share,
         ROWS=rows,

@@ -7,8 +7,10 @@ exp(s - shift) = exp2(x), x = acc * (scale * log2 e) + (bias - shift) * log2 e, 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._launch import LOG2E
 
@@ -24,7 +26,6 @@ def products(
     image_stride,
     text_stride,
     dim,
-    EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -46,15 +47,9 @@ def products(
     left = tl.zeros((BLOCK_R, BLOCK_C // 2), tl.float32)
     right = tl.zeros((BLOCK_R, BLOCK_C // 2), tl.float32)
     for start in range(0, dim, BLOCK_D):
-        if EVEN_D:
-            image = tl.load(image_at + start)
-            left_text = tl.load(left_at + start)
-            right_text = tl.load(right_at + start)
-        else:
-            d_in = start + d < dim
-            image = tl.load(image_at + start, mask=d_in[None, :], other=0.0)
-            left_text = tl.load(left_at + start, mask=d_in[:, None], other=0.0)
-            right_text = tl.load(right_at + start, mask=d_in[:, None], other=0.0)
+        image = tl.load(image_at + start)
+        left_text = tl.load(left_at + start)
+        right_text = tl.load(right_at + start)
         left = tl.dot(image, left_text, left, input_precision=PRECISION)
         right = tl.dot(image, right_text, right, input_precision=PRECISION)
     return left, right
@@ -83,6 +78,18 @@ def store_tile(ptr, stride, first_row, first_col, values):
     row, col = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
     at = ptr + tl.cast(first_row, tl.int64) * stride + first_col + row[:, None] * stride + col[None, :]
     tl.store(at, values.to(ptr.dtype.element_ty))
+
+
+def whole_tiles(features: Tensor) -> Tensor:
+    """Features (n, D) as `products` reads them: D a multiple of 64, padded with 0, rows at multiples of 32 bytes.
+
+    A copy unless they are so already. Else loads would need masks, and could not be 16 bytes wide.
+    """
+    missing = -features.shape[1] % 64
+    if missing:
+        return F.pad(features, (0, missing))
+    aligned = features.stride(1) == 1 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0
+    return features if aligned else features.clone(memory_format=torch.contiguous_format)
 
 
 def padded_shape(rows: int, cols: int) -> tuple[int, int]:
