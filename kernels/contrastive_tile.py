@@ -104,9 +104,9 @@ _ALL_REGISTERS = {"maxnreg": 255}
 def tile_options(dtype: torch.dtype, generation: int, *, small: bool = False, narrow: bool = False) -> dict[str, Any]:
     """Blocks, warps and stages of a kernel that is little but a matrix product; none of the compile cases spills.
 
-    128 x 256 on Hopper: a 128 x 128 tile reads 64 bytes from L2 for every clock of its tensor cores, which is more than
-    L2 gives (about 39 a clock and multiprocessor); this one reads 48. narrow: for what would spill with it. small: for
-    kernels that seldom run.
+    128 x 256 on Hopper: by arithmetic a 128 x 128 tile reads 64 bytes from L2 for every clock of its tensor cores and
+    this one 48, where L2 has 39 (5120 a clock for 132 multiprocessors). narrow: for what would spill with it. small:
+    for kernels that seldom run.
     """
     if dtype == torch.float32:  # at full precision the tensor cores are out: TF32 would miss s by 0.05 at scale 100
         full = {"PRECISION": "ieee", "BLOCK_R": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
