@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
-from .contrastive_kernels import underflows
-from .contrastive_positives import Matches, find_matches
+from .contrastive_kernels import as_kernels_read, underflows
+from .contrastive_logits import Logits
+from .contrastive_positives import Matches
 from .contrastive_positives_kernels import triton_finish
-from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options, whole_tiles
+from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options
 
 # A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. The GEMMs reach their rate at a tenth of that; a
 # large block means fewer passes over the fp32 gradients, which each block reads and writes.
@@ -31,6 +32,8 @@ _BLOCK_BYTES = 2**30
 _BLOCK_ROWS = 16384
 # fp16 ends at 6e-8: G, at most 2, is stored 2^14 times as large, so that entries of 1 / B keep all their bits.
 _FP16_FACTOR = 2.0**14
+_RESCALE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
+_LEAST_HEIGHT = 32  # of a tile of any kernel here
 
 
 @triton.jit
@@ -195,56 +198,37 @@ def _contrastive_rescale_kernel(
         tl.store(at, tl.sum(gradient, 0), mask=col < last_col)
 
 
-def _rescale_options() -> dict[str, int]:
-    return {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
-
-
 def triton_gradients(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
+    logits: Logits,
     row_stat: Tensor,
     col_stat: Tensor,
-    shift: Tensor,
     kept: Tensor | None,
     factor: Tensor,
-    offset: int,
-    kind: str,
-    mode: str,
     text_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_gradients`."""
-    dim = image.shape[1]
-    image, text = whole_tiles(image), whole_tiles(text)
-    bias = bias if bias is None else bias.contiguous()
-    matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
+    dim = logits.image.shape[1]
+    logits, matches = as_kernels_read(logits)
+    image, text = logits.image, logits.text
     image_sum = image.new_zeros(image.shape, dtype=torch.float32)
     text_sum = text.new_zeros(text.shape, dtype=torch.float32) if text_grad else None
     col_sum = text.new_zeros((text.shape[0],), dtype=torch.float32) if bias_grad else None
-    problem = (image, text, scale, bias, matches)
     if image.shape[0] and text.shape[0]:
-        unsafe = None if kind == "sigmoid" else underflows(row_stat, col_stat, shift, kind)
+        unsafe = None if logits.kind == "sigmoid" else underflows(logits, row_stat, col_stat)
         for rows, cols in _blocks(image, text):
             block, sums = _gradient_block(
-                *(*problem, row_stat, col_stat, shift, unsafe, kept),
-                *(rows, cols, offset, kind, mode, bias_grad),
+                logits, matches, row_stat, col_stat, unsafe, kept, rows, cols, bias_grad=bias_grad
             )
             _accumulate(image_sum[rows], block, text[cols])
             if text_sum is not None:
                 _accumulate(text_sum[cols], block.T, image[rows])
             if col_sum is not None:
                 col_sum[cols] += sums.sum(0)
-    weights = (row_weight, col_weight, row_stat, col_stat, factor)
-    ends = (dim, offset, kind, mode)
-    image_grad, dots, _ = triton_finish(*problem, *weights, image_sum, None, *ends, rows=True)
+    problem = (logits, matches, row_stat, col_stat, factor, dim)
+    image_grad, dots, _ = triton_finish(*problem, image_sum, None, rows=True)
     # Empty where neither is asked for: nothing is launched then.
-    text_out, _, bias_out = triton_finish(*problem, *weights, text_sum, col_sum, *ends, rows=False)
+    text_out, _, bias_out = triton_finish(*problem, text_sum, col_sum, rows=False)
     return image_grad, text_out, dots.sum() * factor, bias_out
 
 
@@ -261,54 +245,53 @@ def _blocks(image: Tensor, text: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _gradient_block(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
+    logits: Logits,
     matches: Matches | None,
     row_stat: Tensor,
     col_stat: Tensor,
-    shift: Tensor,
     unsafe: Tensor | None,
     kept: Tensor | None,
     rows: slice,
     cols: slice,
-    offset: int,
-    kind: str,
-    mode: str,
+    *,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """G without its positives, (rows, columns) in the features' dtype, and column sums of it, a row a tile of rows."""
+    image, text, kind = logits.image, logits.text, logits.kind
     height, width = rows.stop - rows.start, cols.stop - cols.start
     block = image.new_empty(padded_shape(height, width))[:height, :width]
-    rescale, narrow = _rescale_options(), kind != "sigmoid" and bias_grad
     # Zeros: one of two kernels writes, and their tiles differ.
-    sums = image.new_zeros((triton.cdiv(height, 32) if bias_grad else 0, width), dtype=torch.float32)
+    sums = image.new_zeros((triton.cdiv(height, _LEAST_HEIGHT) if bias_grad else 0, width), dtype=torch.float32)
     codes = (None, None) if matches is None else (matches.row_code, matches.col_code)
+    tensors = (*codes, row_stat, col_stat, logits.shift, unsafe, block, sums)
     place = (rows.start, cols.start, rows.stop, cols.stop, image.shape[0], text.shape[0])
     choices = {"KIND": kind, "MATCH": matches is not None, "SUMS": bias_grad}
     with on_device_of(image):
         if kept is not None:
-            _contrastive_rescale_kernel[_grid(height, width, rescale)](
-                *(kept, *codes, row_stat, col_stat, shift, unsafe, block, sums),
-                *(kept.stride(0), block.stride(0), *place, offset),
-                **choices,
-                **rescale,
+            _contrastive_rescale_kernel[_grid(height, width, _RESCALE)](
+                *(kept, *tensors, kept.stride(0), block.stride(0), *place, logits.offset), **choices, **_RESCALE
             )
-        for online in (False, True):
-            if (kept is not None and not online) or (kind == "sigmoid" and online):
-                continue
-            options = tile_options(image.dtype, gpu_generation(image), small=online, narrow=narrow)
+        for online in _forms(kind, kept is not None):
+            options = _options(image.dtype, gpu_generation(image), kind, bias_grad, online)
             _contrastive_bwd_kernel[_grid(height, width, options)](
-                *(image, text, scale, bias, *codes, row_stat, col_stat, shift, unsafe, block, sums),
-                *(image.stride(0), text.stride(0), block.stride(0), *place, image.shape[1], offset),
+                *(image, text, logits.scale, logits.bias, *tensors),
+                *(image.stride(0), text.stride(0), block.stride(0), *place, image.shape[1], logits.offset),
                 ONLINE=online,
-                HAS_BIAS=bias is not None,
+                HAS_BIAS=logits.bias is not None,
                 FACTOR=_block_factor(image.dtype),
                 **choices,
                 **options,
             )
     return block, sums
+
+
+def _forms(kind: str, kept: bool) -> tuple[bool, ...]:
+    """Values of ONLINE to launch: a flag on the device decides which of two does the work."""
+    return (False,) if kind == "sigmoid" else (True,) if kept else (False, True)
+
+
+def _options(dtype: torch.dtype, generation: int, kind: str, bias: bool, online: bool) -> dict[str, Any]:
+    return tile_options(dtype, generation, small=online, narrow=kind != "sigmoid" and bias)
 
 
 def _grid(height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:
@@ -353,7 +336,7 @@ _PLACE = ("first_row", "first_col", "last_row", "last_col", "num_rows", "num_col
 
 
 def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, generation: int) -> Case:
-    options = tile_options(dtype, generation, small=online, narrow=kind != "sigmoid" and bias)
+    options = _options(dtype, generation, kind, bias, online)
     pointers = dict.fromkeys(("image_ptr", "text_ptr", "block_ptr"), pointer_to(dtype))
     pointers |= dict.fromkeys(("scale_ptr", "row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
     pointers |= {} if kind == "sigmoid" else {"unsafe_ptr": "*i32"}
@@ -378,7 +361,6 @@ def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, 
 
 
 def _rescale_case(kind: str, match: bool, sums: bool) -> Case:
-    options = _rescale_options()
     pointers = dict.fromkeys(("kept_ptr", "block_ptr"), "*bf16")
     pointers |= dict.fromkeys(("row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
     pointers |= dict.fromkeys(("unsafe_ptr", *(("row_code_ptr", "col_code_ptr") if match else ())), "*i32")
@@ -387,8 +369,8 @@ def _rescale_case(kind: str, match: bool, sums: bool) -> Case:
         kernel=_contrastive_rescale_kernel,
         types=pointers | dict.fromkeys(("kept_stride", "block_stride", *_PLACE), "i32"),
         constants=dict.fromkeys(("row_code_ptr", "col_code_ptr"))
-        | {"KIND": kind, "MATCH": match, "SUMS": sums, "BLOCK_R": options["BLOCK_R"], "BLOCK_C": options["BLOCK_C"]},
+        | {"KIND": kind, "MATCH": match, "SUMS": sums, "BLOCK_R": _RESCALE["BLOCK_R"], "BLOCK_C": _RESCALE["BLOCK_C"]},
         divisible=(*pointers, "kept_stride", "block_stride", "first_row", "first_col"),
-        options={"num_warps": options["num_warps"]},
+        options={"num_warps": _RESCALE["num_warps"]},
         tensor_core=False,
     )

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from ._launch import accumulate_dtype
 from .contrastive_arguments import num_ranks
+from .contrastive_logits import Logits, magnitudes, safe_shift
 from .contrastive_ops import (
     contrastive_total,
     keeps_logits,
     loss_terms,
-    magnitudes,
     pair_gradients,
     pair_statistics,
-    safe_shift,
 )
 from .contrastive_positives import positive_weights
 from .contrastive_tile import padded_shape
@@ -180,53 +179,27 @@ def _new_kept(image: Tensor, num_cols: int, own: slice, kind: str, keep_bytes: i
 
 
 def _statistics(
-    image: Tensor,
-    text: Tensor,
-    arriving: Arriving,
-    own: slice,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
-    shift: Tensor,
-    kept: Tensor | None,
-    kind: str,
-    mode: str,
+    logits: Logits, text: Tensor, arriving: Arriving, own: slice, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_statistics` against the texts of all ranks, of which those at `own` are here already.
+    """`pair_statistics` of logits whose texts are on their way, all but `text` at `own`, which is here.
 
     Three blocks of columns, own first. With one shift for all, their exp(s - shift) are as of one call.
     """
 
     def block(texts: Tensor, columns: slice, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        return pair_statistics(
-            image,
-            texts,
-            scale,
-            None if bias is None else bias[columns],
-            row_ids,
-            None if col_ids is None else col_ids[columns],
-            row_weight,
-            col_weight[columns],
-            shift,
-            None if kept is None else kept[:, columns],
-            offset,
-            kind,
-            mode,
-        )
+        memory = None if kept is None else kept[:, columns]
+        return pair_statistics(logits.of_columns(columns, texts, offset), memory)
 
     here = block(text, own, 0)
     all_text = arriving.wait()
     # Offset -R: row i's text is column i - R < 0, so none of the pairs is in these blocks.
     before, after = (
-        block(all_text[columns], columns, -image.shape[0])
+        block(all_text[columns], columns, -logits.image.shape[0])
         for columns in (slice(0, own.start), slice(own.stop, len(all_text)))
     )
     row_stats, col_stats, targets = zip(before, here, after, strict=True)
     stacked = torch.stack(row_stats)
-    row_stat = stacked.sum(0) if kind == "sigmoid" else stacked.logsumexp(0)
+    row_stat = stacked.sum(0) if logits.kind == "sigmoid" else stacked.logsumexp(0)
     return row_stat, torch.cat(col_stats), torch.stack(targets).sum(0)
 
 
@@ -259,16 +232,19 @@ class _GroupShare(torch.autograd.Function):
         arriving = exchange.start_gather(text, texts)
         row_ids, col_ids = (None, None) if ids is None else (ids[0], ids[2])
         weights = positive_weights(image, sum(texts), ids, own.start, kind, mode)
-        columns = (scale, all_bias, row_ids, col_ids, *weights)
+        logits = Logits(
+            *(image, arriving.rows, scale, all_bias, row_ids, col_ids, *weights, shift),
+            *(own.start, kind, mode),
+        )
         kept = _new_kept(image, sum(texts), own, kind, keep_bytes)
-        row_stat, col_stat, target = _statistics(image, text, arriving, own, *columns, shift, kept, kind, mode)
+        row_stat, col_stat, target = _statistics(logits, text, arriving, own, kept)
         if kind == "both":
             col_stat = exchange.logsumexp(col_stat)
         terms = loss_terms(row_stat, col_stat[own], target, kind)
         # world / B instead of 1 / B_local: the mean over ranks is then the mean over pairs, however they are spread.
         ctx.factor = exchange.world_size / _num_terms(sum(exchange.image_counts), kind)
         ctx.exchange, ctx.kind, ctx.mode = exchange, kind, mode
-        ctx.save_for_backward(image, arriving.rows, *columns, row_stat, col_stat, shift, kept)
+        ctx.save_for_backward(*logits[:8], row_stat, col_stat, shift, kept)
         return terms.sum() * ctx.factor
 
     @staticmethod

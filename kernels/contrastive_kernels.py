@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
+from .contrastive_logits import Logits
 from .contrastive_positives import Matches, find_matches
 from .contrastive_positives_kernels import triton_target
 from .contrastive_tile import column_offsets, products, same_ids, store_tile, tile_options, whole_tiles
@@ -213,65 +214,54 @@ def _log_of_sum(shift, total):
     return tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
-def triton_statistics(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
-    shift: Tensor,
-    kept: Tensor | None,
-    offset: int,
-    kind: str,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def as_kernels_read(logits: Logits) -> tuple[Logits, Matches | None]:
+    """The same logits with features in whole tiles and a contiguous bias, and where equal ids stand."""
+    bias, row_ids, col_ids = logits.bias, logits.row_ids, logits.col_ids
+    tiled = logits._replace(
+        image=whole_tiles(logits.image),
+        text=whole_tiles(logits.text),
+        bias=None if bias is None else bias.contiguous(),
+    )
+    return tiled, None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
+
+
+def triton_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_statistics`."""
-    num_rows, num_cols = image.shape[0], text.shape[0]
+    num_rows, num_cols, kind = logits.image.shape[0], logits.text.shape[0], logits.kind
     nothing = 0.0 if kind == "sigmoid" else -torch.inf
-    row_stat = image.new_full((num_rows,), nothing, dtype=torch.float32)
-    col_stat = image.new_full((num_cols if kind == "both" else 0,), nothing, dtype=torch.float32)
+    row_stat = logits.image.new_full((num_rows,), nothing, dtype=torch.float32)
+    col_stat = logits.image.new_full((num_cols if kind == "both" else 0,), nothing, dtype=torch.float32)
     if num_rows == 0 or num_cols == 0:
         return row_stat, col_stat, torch.zeros_like(row_stat)
-    image, text = whole_tiles(image), whole_tiles(text)
-    bias = bias if bias is None else bias.contiguous()
-    matches = None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
-    target = triton_target(image, text, scale, bias, matches, row_weight, col_weight, offset, mode)
-    sums = (image, text, scale, bias, matches, shift, kept, offset, kind, mode, row_stat, col_stat)
-    _add_up(*sums, None)
+    logits, matches = as_kernels_read(logits)
+    _add_up(logits, matches, row_stat, col_stat, kept, None)
     if kind != "sigmoid":
-        _add_up(*sums, underflows(row_stat, col_stat, shift, kind))
-    return row_stat, col_stat, target
+        _add_up(logits, matches, row_stat, col_stat, None, underflows(logits, row_stat, col_stat))
+    return row_stat, col_stat, triton_target(logits, matches)
 
 
-def underflows(row_stat: Tensor, col_stat: Tensor, shift: Tensor, kind: str) -> Tensor:
+def underflows(logits: Logits, row_stat: Tensor, col_stat: Tensor) -> Tensor:
     """(1,) int32: whether exp(s - shift) is too small for some row or column to be shared by all."""
-    least = torch.minimum(row_stat.amin(), col_stat.amin()) if kind == "both" else row_stat.amin()
+    least = torch.minimum(row_stat.amin(), col_stat.amin()) if logits.kind == "both" else row_stat.amin()
     # Not `least < ...`: a NaN is to take the way that keeps it.
-    return (~(least >= shift - UNDERFLOW)).to(torch.int32)
+    return (~(least >= logits.shift - UNDERFLOW)).to(torch.int32)
 
 
 def _add_up(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
+    logits: Logits,
     matches: Matches | None,
-    shift: Tensor,
-    kept: Tensor | None,
-    offset: int,
-    kind: str,
-    mode: str,
     row_stat: Tensor,
     col_stat: Tensor,
+    kept: Tensor | None,
     unsafe: Tensor | None,
 ) -> None:
-    """Fill row_stat (R,) and col_stat (C,); with `unsafe` only if it holds, shifting by maxima."""
-    online = unsafe is not None
+    """Fill row_stat (R,), col_stat (C,) and `kept`; with `unsafe` only if it holds, shifting by maxima."""
+    image, text, kind, online = logits.image, logits.text, logits.kind, unsafe is not None
     (num_rows, dim), num_cols = image.shape, text.shape[0]
-    options = _options(image.dtype, gpu_generation(image), kind, mode, bias is not None, kept is not None, online)
+    options = _options(
+        *(image.dtype, gpu_generation(image), kind, logits.mode),
+        *(logits.bias is not None, kept is not None, online),
+    )
     block_r, block_c = options["BLOCK_R"], options["BLOCK_C"]
     row_tiles, col_tiles = triton.cdiv(num_rows, block_r), triton.cdiv(num_cols, block_c)
     panel = max(1, min(row_tiles, _PANEL_NUMBERS // num_cols))
@@ -280,43 +270,26 @@ def _add_up(
     num_spans, panel_rows = triton.cdiv(num_cols, span), panel * block_r
     row_part = image.new_empty((num_spans, panel_rows), dtype=torch.float32)
     col_part = image.new_empty((panel if kind == "both" else 0, num_cols), dtype=torch.float32)
+    codes = (None, None) if matches is None else (matches.row_code, matches.col_code)
+    strides = (image.stride(0), text.stride(0), 0 if kept is None else kept.stride(0))
+    form = "sum" if kind == "sigmoid" else "online" if online else "shifted"
     for first in range(0, row_tiles, panel):
         tiles = min(panel, row_tiles - first)
         with on_device_of(image):
             _contrastive_fwd_kernel[(tiles, num_spans)](
-                image,
-                text,
-                scale,
-                bias,
-                None if matches is None else matches.row_code,
-                None if matches is None else matches.col_code,
-                shift,
-                unsafe,
-                row_part,
-                col_part,
-                None if online else kept,
-                image.stride(0),
-                text.stride(0),
-                0 if kept is None else kept.stride(0),
-                first * block_r,
-                panel_rows,
-                num_rows,
-                num_cols,
-                dim,
-                offset,
-                span,
+                *(image, text, logits.scale, logits.bias, *codes, logits.shift, unsafe, row_part, col_part, kept),
+                *(*strides, first * block_r, panel_rows, num_rows, num_cols, dim, logits.offset, span),
                 KIND=kind,
                 ONLINE=online,
-                MASKED=mode == "mask",
-                HAS_BIAS=bias is not None,
-                KEEP=kept is not None and not online,
+                MASKED=logits.mode == "mask",
+                HAS_BIAS=logits.bias is not None,
+                KEEP=kept is not None,
                 **options,
             )
-        form = "sum" if kind == "sigmoid" else "online" if online else "shifted"
         rows = row_stat[first * block_r : (first + tiles) * block_r]
-        _sums(row_part, rows, num_spans, panel_rows, shift, unsafe, 0, form)
+        _sums(row_part, rows, num_spans, logits.shift, unsafe, 0, form)
         if kind == "both":
-            _sums(col_part, col_stat, tiles, num_cols, shift, unsafe, first, form)
+            _sums(col_part, col_stat, tiles, logits.shift, unsafe, first, form)
 
 
 def _options(
@@ -326,12 +299,10 @@ def _options(
     return tile_options(dtype, generation, small=online, narrow=narrow)
 
 
-def _sums(
-    part: Tensor, out: Tensor, parts: int, stride: int, shift: Tensor, unsafe: Tensor | None, append: int, form: str
-) -> None:
+def _sums(part: Tensor, out: Tensor, parts: int, shift: Tensor, unsafe: Tensor | None, append: int, form: str) -> None:
     with on_device_of(out):
         _contrastive_sums_kernel[(triton.cdiv(len(out), _SUMS["BLOCK"]),)](
-            part, out, shift, unsafe, parts, stride, len(out), append, FORM=form, **_SUMS
+            part, out, shift, unsafe, parts, part.stride(0), len(out), append, FORM=form, **_SUMS
         )
 
 

@@ -14,11 +14,8 @@ computed once a side needs two); the backward is three, or two where the forward
 by contrastive_kernels.py and contrastive_backward_kernels.py, elsewhere by contrastive_plain.py. Results repeat bit by
 bit. Sums, exponentials and statistics are fp32 for every half-precision dtype.
 
-Letters: R rows (images), C columns (texts), D features. Arguments that everything here shares: image (R, D), text
-(C, D); scale of one element; bias (C,) or None; row_ids (R,) and col_ids (C,) int64 or None; row_weight (R,) and
-col_weight (C,) from `positive_weights`; shift, one element, from `safe_shift`; row i is paired with column offset + i.
-mode says what equal ids mean: "diagonal" (there are none), "share" (equal ids are positives), "mask" (equal ids off the
-pair count nowhere).
+Letters: R rows (images), C columns (texts), D features. The ops take the fields of `Logits` one by one, as PyTorch
+wants them; everything under them takes a `Logits`.
 """
 
 from typing import Any
@@ -29,35 +26,9 @@ from torch import Tensor
 from ._launch import accumulate_dtype, autocast_off, launches_triton
 from .contrastive_backward_kernels import triton_gradients
 from .contrastive_kernels import triton_statistics
+from .contrastive_logits import Logits, magnitudes, safe_shift
 from .contrastive_plain import plain_gradients, plain_statistics
 from .contrastive_tile import padded_shape
-
-# exp(s - shift) may not overflow in fp32, nor a sum of millions of them: exp(64) times 2^20 is half of the largest.
-_LARGEST_EXPONENT = 64.0
-
-
-def magnitudes(image: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-    """(3,) the largest norm of an image, of a text, and the largest bias; -inf or 0 where there is none."""
-    compute = accumulate_dtype(image.dtype)
-    found = [
-        torch.linalg.vector_norm(x, dim=1, dtype=compute).amax() if x.shape[0] else x.new_zeros((), dtype=compute)
-        for x in (image, text)
-    ]
-    largest = image.new_zeros((), dtype=compute)
-    if bias is not None:
-        largest = bias.to(compute).amax() if bias.shape[0] else image.new_full((), -torch.inf, dtype=compute)
-    return torch.stack([*found, largest])
-
-
-def safe_shift(largest: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """(1,) what is subtracted from every logit so that exp() cannot overflow, from `magnitudes`; often 0.
-
-    |<I, T>| <= |I| |T| bounds the logits. Where that bound is so loose that sums underflow, the kernels notice and
-    compute with the largest logits instead. A sigmoid saturates, and knows no shift.
-    """
-    image, text, bias = largest.unbind()
-    bound = scale.to(largest.dtype).reshape(()).abs() * image * text + bias
-    return (bound - (torch.inf if kind == "sigmoid" else _LARGEST_EXPONENT)).clamp_min(0.0).reshape(1)
 
 
 def keeps_logits(image: Tensor, num_cols: int, kind: str, budget: int) -> bool:
@@ -66,32 +37,16 @@ def keeps_logits(image: Tensor, num_cols: int, kind: str, budget: int) -> bool:
     return fits and launches_triton(image) and image.dtype == torch.bfloat16 and kind != "sigmoid"
 
 
-def pair_statistics(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
-    shift: Tensor,
-    kept: Tensor | None,
-    offset: int,
-    kind: str,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return row_stat (R,), col_stat (C,) (empty for one-sided kinds) and target (R,), target_i = sum_j Y_ij s_ij.
 
     kept: bf16 of the `padded_shape` of (R, C), is filled with exp(s - shift); None where `keeps_logits` says no.
     """
+    image, scale = logits.image, logits.scale
     if image.device.type == "cpu" and not torch.isfinite(scale).all():
         raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
-    arguments = (image, text, scale, bias, row_ids, col_ids, row_weight, col_weight)
     with torch.no_grad(), autocast_off(image):
-        if launches_triton(image):
-            return triton_statistics(*arguments, shift, kept, offset, kind, mode)
-        return plain_statistics(*arguments, offset, kind, mode)
+        return triton_statistics(logits, kept) if launches_triton(image) else plain_statistics(logits)
 
 
 def loss_terms(row_stat: Tensor, col_stat: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -120,10 +75,8 @@ def contrastive_total(
     """
     shift = safe_shift(magnitudes(image, text, bias), scale, kind)
     kept = _new_kept(image, text, keep)
-    row_stat, col_stat, target = pair_statistics(
-        *(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift),
-        *(kept if keep else None, 0, kind, mode),
-    )
+    logits = Logits(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift, 0, kind, mode)
+    row_stat, col_stat, target = pair_statistics(logits, kept if keep else None)
     return loss_terms(row_stat, col_stat, target, kind).sum(), row_stat, col_stat, shift, kept
 
 
@@ -170,11 +123,11 @@ def pair_gradients(
     The first two are in the features' dtype, the others in the statistics'. text and bias have no rows unless asked
     for. factor (): the gradient of the total. col_stat may cover more rows than `image` has (the rows of all ranks).
     """
-    arguments = (image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_stat, col_stat)
+    logits = Logits(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift, offset, kind, mode)
     with autocast_off(image):
         if launches_triton(image):
-            return triton_gradients(*arguments, shift, kept, factor, offset, kind, mode, text_grad, bias_grad)
-        return plain_gradients(*arguments, factor, offset, kind, mode, text_grad, bias_grad)
+            return triton_gradients(logits, row_stat, col_stat, kept, factor, text_grad, bias_grad)
+        return plain_gradients(logits, row_stat, col_stat, factor, text_grad, bias_grad)
 
 
 @pair_gradients.register_fake

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._launch import LOG2E, on_device_of
 from .compile_check import Case, pointer_to
+from .contrastive_logits import Logits
 from .contrastive_positives import Matches
 
 
@@ -175,79 +176,61 @@ def _row_options(dim: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": max(1, min(8, block // 512))}
 
 
-def triton_target(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    matches: Matches | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
-    offset: int,
-    mode: str,
-) -> Tensor:
-    """target (R,) of `pair_statistics`; features with channels next to each other."""
-    share = mode == "share"
-    target = torch.empty_like(row_weight)
+def triton_target(logits: Logits, matches: Matches | None) -> Tensor:
+    """target (R,) of `pair_statistics`."""
+    image, text, share = logits.image, logits.text, logits.mode == "share"
+    target = torch.empty_like(logits.row_weight)
     with on_device_of(image):
         _contrastive_target_kernel[(image.shape[0],)](
-            *(image, text, scale, bias),
+            *(image, text, logits.scale, logits.bias),
             *(_code_and_ranges(matches, rows=True) if share else (None,) * 5),
-            *(row_weight, col_weight, target, image.stride(0), text.stride(0), *text.shape, offset),
+            *(logits.row_weight, logits.col_weight, target),
+            *(image.stride(0), text.stride(0), *text.shape, logits.offset),
             SHARE=share,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=logits.bias is not None,
             **_row_options(image.shape[1]),
         )
     return target
 
 
 def triton_finish(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
+    logits: Logits,
     matches: Matches | None,
-    row_weight: Tensor,
-    col_weight: Tensor,
     row_stat: Tensor,
     col_stat: Tensor,
     factor: Tensor,
+    dim: int,
     products: Tensor | None,
     sums: Tensor | None,
-    dim: int,
-    offset: int,
-    kind: str,
-    mode: str,
     *,
     rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the images (`rows`) or of the texts, with the positives added to the sums over all others.
 
-    products: (n, >= D) fp32, G times the other tower, or None where features want no gradient. sums: (n,) fp32, of G,
-    or None where the bias wants none. dim: D, beyond which features are padding. Returns the features' gradient (n, D)
+    dim: D, beyond which features are padding. products: (n, >= D) fp32, G times the other tower, or None where features
+    want no gradient. sums: (n,) fp32, of G, or None where the bias wants none. Returns the features' gradient (n, D)
     (empty without `products`), <own, G other> (n,) (rows only, else empty) and the bias's gradient (n,) (empty without
     `sums`).
     """
-    own, other = (image, text) if rows else (text, image)
-    count = own.shape[0]
+    own, other = (logits.image, logits.text) if rows else (logits.text, logits.image)
+    count, share = own.shape[0], logits.mode == "share"
     grad = own.new_empty((count if products is not None else 0, dim))
     dots = own.new_empty((count if rows else 0,), dtype=torch.float32)
     bias_grad = own.new_empty((count if sums is not None else 0,), dtype=torch.float32)
-    share = mode == "share"
     if count == 0 or (products is None and sums is None):
         return grad, dots, bias_grad
     with on_device_of(own):
         _contrastive_finish_kernel[(count,)](
-            *(own, other, products, sums, scale, bias, factor),
+            *(own, other, products, sums, logits.scale, logits.bias, factor),
             *(_code_and_ranges(matches, rows=rows) if share else (None,) * 5),
-            *(row_weight, col_weight, row_stat, col_stat, grad, dots, bias_grad),
+            *(logits.row_weight, logits.col_weight, row_stat, col_stat, grad, dots, bias_grad),
             *(own.stride(0), other.stride(0), 0 if products is None else products.stride(0)),
-            *(len(other), dim, offset if rows else -offset),
-            KIND=kind,
+            *(len(other), dim, logits.offset if rows else -logits.offset),
+            KIND=logits.kind,
             SHARE=share,
             ROWS=rows,
             FEATURES=products is not None,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=logits.bias is not None,
             BIAS_GRAD=sums is not None,
             **_row_options(dim),
         )

@@ -18,10 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_ops, contrastive_tile
+from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_tile
 from eclip.kernels import slot_attention_backward_kernels as backward
 from eclip.kernels import slot_attention_kernels as forward
 from eclip.kernels.compile_check import SHARED_MEMORY
+from eclip.kernels.contrastive_logits import Logits
 from eclip.kernels.contrastive_positives import positive_weights
 
 # Name: B, H, G, N, T, D, separate values, calls that share the tokens.
@@ -94,12 +95,12 @@ def call_loss(rows: int, cols: int, dim: int, kind: str, mode: str, bias: bool, 
     ids = (torch.arange(rows), torch.arange(cols)) if mode != "diagonal" else (None, None)
     weights = positive_weights(image, len(text), None if ids[0] is None else (ids[0], *ids), 0, kind, mode)
     biases = torch.zeros(cols) if bias else None
-    problem = (image, text, torch.ones(1), biases, *ids, *weights)
     kept = torch.empty(contrastive_tile.padded_shape(rows, cols), dtype=torch.bfloat16) if keep else None
-    shift, offset = contrastive_ops.safe_shift(torch.ones(3), torch.ones(1), kind), cols - rows
-    row_stat, col_stat, _ = contrastive_kernels.triton_statistics(*problem, shift, kept, offset, kind, mode)
-    ends = (shift, kept, torch.ones(()), offset, kind, mode, kind != "rows", bias)
-    contrastive_backward_kernels.triton_gradients(*problem, row_stat, col_stat, *ends)
+    shift = torch.zeros(1)
+    logits = Logits(image, text, torch.ones(1), biases, *ids, *weights, shift, cols - rows, kind, mode)
+    row_stat, col_stat, _ = contrastive_kernels.triton_statistics(logits, kept)
+    wanted = (torch.ones(()), kind != "rows", bias)
+    contrastive_backward_kernels.triton_gradients(logits, row_stat, col_stat, kept, *wanted)
 
 
 def main() -> int:

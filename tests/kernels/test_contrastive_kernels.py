@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_tile
+from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
 from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
-from eclip.kernels.contrastive_ops import keeps_logits, magnitudes, pair_statistics, safe_shift
+from eclip.kernels.contrastive_ops import keeps_logits, pair_statistics
 from eclip.kernels.contrastive_positives import find_matches, positive_weights
 from eclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 from tests.kernels.contrastive_checks import Arguments, check, make_arguments, on, value_and_grads, with_features
@@ -67,7 +68,8 @@ def statistics(arguments: Arguments, kind: str = "both") -> tuple[torch.Tensor, 
     image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
     weights = positive_weights(image, len(text), None, 0, kind, "diagonal")
     shift = safe_shift(magnitudes(image, text, None), scale, kind)
-    rows, cols, _ = pair_statistics(image, text, scale, None, None, None, *weights, shift, None, 0, kind, "diagonal")
+    logits = Logits(image, text, scale, None, None, None, *weights, shift, 0, kind, "diagonal")
+    rows, cols, _ = pair_statistics(logits, None)
     return rows, cols, shift
 
 

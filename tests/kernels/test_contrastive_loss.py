@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eclip.kernels import contrastive_distributed, contrastive_ops, contrastive_plain
 from eclip.kernels._launch import launches_triton
+from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
 from eclip.kernels.contrastive_loss import KEEP_BYTES, contrastive_loss, contrastive_loss_reference
 from eclip.kernels.contrastive_positives import positive_weights
 from tests.kernels.contrastive_checks import (
@@ -214,17 +215,17 @@ def test_blocks_of_columns_make_up_the_whole(path: torch.device, kind: str, posi
     image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
     mode = {"soft": "share"}.get(positives, positives)
     row_ids, col_ids = arguments.get("image_ids"), arguments.get("text_ids")
-    shift = contrastive_ops.safe_shift(contrastive_ops.magnitudes(image, text, bias), scale, kind)
-    row_weight, col_weight = torch.rand(20, device=path), torch.rand(50, device=path)
-    rest = (scale, bias, row_ids, col_ids, row_weight, col_weight, shift, None)
+    shift = safe_shift(magnitudes(image, text, bias), scale, kind)
+    weights = torch.rand(20, device=path), torch.rand(50, device=path)
     own = slice(17, 37)
-    whole = contrastive_ops.pair_statistics(image, text, *rest, own.start, kind, mode)
+    logits = Logits(image, text, scale, bias, row_ids, col_ids, *weights, shift, own.start, kind, mode)
+    whole = contrastive_ops.pair_statistics(logits, None)
 
     class Arrived:
         def wait(self) -> Tensor:
             return text
 
-    parts = contrastive_distributed._statistics(image, text[own], Arrived(), own, *rest, kind, mode)
+    parts = contrastive_distributed._statistics(logits, text[own], Arrived(), own, None)
     for found, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

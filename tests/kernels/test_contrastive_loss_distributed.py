@@ -163,9 +163,9 @@ def check_traffic_and_order(group):
     counted(dist, "all_reduce")
     statistics, wait = contrastive_distributed.pair_statistics, contrastive_distributed.Arriving.wait
 
-    def watched_statistics(image, text, *args):
-        events.append(f"statistics {len(text)}")
-        return statistics(image, text, *args)
+    def watched_statistics(logits, kept):
+        events.append(f"statistics {len(logits.text)}")
+        return statistics(logits, kept)
 
     def watched_wait(self):
         events.append("wait")
