@@ -26,8 +26,8 @@ from .contrastive_positives import Matches
 from .contrastive_positives_kernels import triton_finish
 from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options
 
-# A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. The GEMMs reach their rate at a tenth of that; a
-# large block means fewer passes over the fp32 gradients, which each block reads and writes.
+# A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. Each block reads and writes the fp32 gradients of
+# its rows and columns: the fewer, the better.
 _BLOCK_BYTES = 2**30
 _BLOCK_ROWS = 16384
 # fp16 ends at 6e-8: G, at most 2, is stored 2^14 times as large, so that entries of 1 / B keep all their bits.
@@ -225,6 +225,7 @@ def triton_gradients(
                 _accumulate(text_sum[cols], block.T, image[rows])
             if col_sum is not None:
                 col_sum[cols] += sums.sum(0)
+            del block, sums  # else both live on while the next block is made: another GiB
     problem = (logits, matches, row_stat, col_stat, factor, dim)
     image_grad, dots, _ = triton_finish(*problem, image_sum, None, rows=True)
     # Empty where neither is asked for: nothing is launched then.

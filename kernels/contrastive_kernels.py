@@ -243,8 +243,7 @@ def triton_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tens
 def underflows(logits: Logits, row_stat: Tensor, col_stat: Tensor) -> Tensor:
     """(1,) int32: whether exp(s - shift) is too small for some row or column to be shared by all."""
     least = torch.minimum(row_stat.amin(), col_stat.amin()) if logits.kind == "both" else row_stat.amin()
-    # Not `least < ...`: a NaN is to take the way that keeps it.
-    return (~(least >= logits.shift - UNDERFLOW)).to(torch.int32)
+    return (least < logits.shift - UNDERFLOW).to(torch.int32)
 
 
 def _add_up(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._launch import accumulate_dtype
 
-# exp(s - shift) may not overflow in fp32, nor a sum of millions of them: exp(64) times 2^20 is half of the largest.
+# exp(s - shift) may not overflow in fp32, nor a sum of millions of them: 2^20 times exp(64) is exp(78), of exp(88).
 _LARGEST_EXPONENT = 64.0
 
 

@@ -116,8 +116,8 @@ def contrastive_loss(
     rows_per_rank: how many pairs each rank of the group passes, where that is known (then images and texts are equally
         many). Without it the ranks exchange their counts first, and the host waits for the device to read them.
     keep_bytes: with gradients wanted, bf16 features and a GPU, exp(s) is kept for the backward if it fits in so many
-        bytes, two a logit of this rank. 0: never; memory is then linear in the batch at every size. Over ranks, only by
-        those whose texts begin and end at multiples of 256.
+        bytes, two a logit of this rank, rows counted by 128 and columns by 256. 0: never; memory is then linear in the
+        batch at every size. Over ranks, only by those whose texts begin and end at multiples of 256.
 
     Raises ValueError for wrong shapes, dtypes, devices or options; on CPU also for a non-finite logit_scale (on a GPU
     the check of a tensor would wait for the device; the loss is then not finite).

@@ -32,9 +32,9 @@ from .contrastive_tile import padded_shape
 
 
 def keeps_logits(image: Tensor, num_cols: int, kind: str, budget: int) -> bool:
-    """Whether the forward should keep exp(s - shift), as bf16 (R, C), for the backward."""
-    fits = 2 * image.shape[0] * num_cols <= budget
-    return fits and launches_triton(image) and image.dtype == torch.bfloat16 and kind != "sigmoid"
+    """Whether the forward should keep exp(s - shift), as bf16 of the `padded_shape` of (R, C), for the backward."""
+    rows, cols = padded_shape(image.shape[0], num_cols)
+    return 2 * rows * cols <= budget and launches_triton(image) and image.dtype == torch.bfloat16 and kind != "sigmoid"
 
 
 def pair_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def plain_gradients(
     """`pair_gradients`."""
     image, text, kind = logits.image, logits.text, logits.kind
     compute = accumulate_dtype(image.dtype)
-    image_out = torch.zeros_like(image, dtype=compute)
+    image_out = image.new_zeros(image.shape, dtype=compute)
     text_out = text.new_zeros((text.shape[0] if text_grad else 0, text.shape[1]), dtype=compute)
     bias_out = text.new_zeros((text.shape[0] if bias_grad else 0,), dtype=compute)
     for rows, cols, s, positive in _tiles(logits):

@@ -89,7 +89,8 @@ def whole_tiles(features: Tensor) -> Tensor:
     if missing:
         return F.pad(features, (0, missing))
     aligned = features.stride(1) == 1 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0
-    return features if aligned else features.clone(memory_format=torch.contiguous_format)
+    # Offsets within a tile of up to 256 rows are 32 bits wide.
+    return features if aligned and features.stride(0) < 2**23 else features.clone(memory_format=torch.contiguous_format)
 
 
 def padded_shape(rows: int, cols: int) -> tuple[int, int]:
@@ -105,8 +106,8 @@ def tile_options(dtype: torch.dtype, generation: int, *, small: bool = False, na
     """Blocks, warps and stages of a kernel that is little but a matrix product; none of the compile cases spills.
 
     128 x 256 on Hopper: by arithmetic a 128 x 128 tile reads 64 bytes from L2 for every clock of its tensor cores and
-    this one 48, where L2 has 39 (5120 a clock for 132 multiprocessors). narrow: for what would spill with it. small:
-    for kernels that seldom run.
+    this one 48. An L2 that gives some 40 to each multiprocessor (not measured here) bounds both, this one less. narrow:
+    for what would spill with it. small: for kernels that seldom run.
     """
     if dtype == torch.float32:  # at full precision the tensor cores are out: TF32 would miss s by 0.05 at scale 100
         full = {"PRECISION": "ieee", "BLOCK_R": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_tile
+from eclip.kernels import contrastive_backward_kernels, contrastive_distributed, contrastive_kernels, contrastive_tile
 from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
 from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
-from eclip.kernels.contrastive_ops import keeps_logits, pair_statistics
+from eclip.kernels.contrastive_ops import keeps_logits, pair_gradients, pair_statistics
+from eclip.kernels.contrastive_plain import plain_gradients, plain_statistics
 from eclip.kernels.contrastive_positives import find_matches, positive_weights
 from eclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 from tests.kernels.contrastive_checks import Arguments, check, make_arguments, on, value_and_grads, with_features
@@ -50,6 +51,47 @@ def test_panels_and_blocks(device: torch.device, tiny: None, dtype: torch.dtype,
     check(sigmoid_loss, sigmoid_loss_reference, arguments)
 
 
+def gradients(
+    logits: Logits, row_stat: torch.Tensor, col_stat: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, ...]:
+    """Of images, texts, scale and bias, by the op."""
+    shift, offset, kind, mode = logits[-4:]
+    factor_ = torch.tensor(factor, device=shift.device)
+    wanted = (True, logits.bias is not None)
+    return pair_gradients(*logits[:-4], row_stat, col_stat, shift, None, factor_, offset, kind, mode, *wanted)
+
+
+def exact_gradients(
+    logits: Logits, row_stat: torch.Tensor, col_stat: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, ...]:
+    """The same in float64, by PyTorch."""
+    statistics = row_stat.double(), col_stat.double(), torch.tensor(factor, device=row_stat.device).double()
+    return plain_gradients(in_float64(logits), *statistics, True, logits.bias is not None)
+
+
+def in_float64(logits: Logits) -> Logits:
+    return Logits._make(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in logits)
+
+
+@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
+@pytest.mark.parametrize("kind", ["both", "rows", "sigmoid"])
+def test_rows_that_are_not_paired_with_the_first_columns(device: torch.device, kind: str, positives: str) -> None:
+    """As on a rank: pairs begin at a column in the middle. And partly or wholly before the first or beyond the last."""
+    arguments = on(device, make_arguments(20, 16, positives, keys=50, bias=True))
+    image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
+    mode = {"soft": "share"}.get(positives, positives)
+    shift = safe_shift(magnitudes(image, text, bias), scale, kind)
+    ids = (arguments.get("image_ids"), arguments.get("text_ids"))
+    weights = (torch.rand(20, device=device), torch.rand(50, device=device))
+    for offset in (17, -8, 45, -20):
+        logits = Logits(image, text, scale, bias, *ids, *weights, shift, offset, kind, mode)
+        statistics, exact = pair_statistics(logits, None), plain_statistics(in_float64(logits))
+        ours = statistics + gradients(logits, *statistics[:2], 0.5)
+        theirs = exact + exact_gradients(logits, *exact[:2], 0.5)
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 # --- The shift and its fallback ---------------------------------------------------------------------------------------
 
 
@@ -82,8 +124,9 @@ def test_sums_that_underflow_are_computed_again(device: torch.device, dtype: tor
     check_contrastive(arguments)
 
 
-def test_one_row_that_underflows(device: torch.device, tiny: None) -> None:
-    """The others' sums are in range; so are the column's. Everything is computed again, several panels of it."""
+@pytest.mark.parametrize("column", [False, True])
+def test_one_row_or_column_that_underflows(device: torch.device, tiny: None, column: bool) -> None:
+    """The others' sums are in range, and all sums of the other side. Everything is computed again, several panels."""
     arguments = make_arguments(200, 24, scale=117.0)
     arguments["image_features"][150] = F.normalize(-arguments["text_features"].mean(0), dim=-1)
     arguments["text_features"] = F.normalize(
@@ -92,8 +135,34 @@ def test_one_row_that_underflows(device: torch.device, tiny: None) -> None:
     arguments["image_features"][:150] = F.normalize(
         arguments["image_features"][:150] + arguments["text_features"][:150], dim=-1
     )
+    if column:
+        towers = arguments["text_features"], arguments["image_features"]
+        arguments["image_features"], arguments["text_features"] = towers
+    rows, cols, shift = statistics(on(device, arguments))
+    low, high = (cols, rows) if column else (rows, cols)
+    limit = shift - contrastive_kernels.UNDERFLOW
+    assert low[150] < limit < torch.minimum(low[:150].min(), high.min())
+    check_contrastive(on(device, arguments))
+
+
+def test_one_row_close_to_the_least_number(device: torch.device) -> None:
+    """Its exp(s - shift) go from exp(-91) to exp(-81): a GPU makes 0 of those below exp(-87), the interpreter not."""
+    arguments = make_arguments(100, 24, scale=117.0)
+    arguments["image_features"][3] = axis = F.one_hot(torch.tensor(0), 24).float()
+    text = arguments["text_features"]
+    text[:, 0] = 0.0
+    cosine = torch.linspace(-0.32, -0.24, 100)[:, None]
+    arguments["text_features"] = F.normalize(text, dim=-1) * (1 - cosine**2).sqrt() + cosine * axis
     rows, _, shift = statistics(on(device, arguments))
-    assert rows[150] < shift - contrastive_kernels.UNDERFLOW < rows[:150].min()
+    assert shift - 87 < rows[3] < shift - contrastive_kernels.UNDERFLOW
+    check_contrastive(on(device, arguments))
+
+
+def test_rows_without_terms_in_a_tile(device: torch.device) -> None:
+    """Masked are all of a row's columns in the first tiles, while sums are computed again: there is no maximum yet."""
+    arguments = opposed(150, 24, positives="mask", ids="distinct")
+    for name in ("image_ids", "text_ids"):
+        arguments[name][:100] = 7
     check_contrastive(on(device, arguments))
 
 
@@ -134,8 +203,8 @@ def test_nan_features_give_a_nan_loss(device: torch.device, tiny: None, where: s
 def test_kept_logits_give_the_same_gradients(device: torch.device, tiny: None, positives: str, sides: str) -> None:
     arguments = make_arguments(100, 16, positives, scale=100.0, keys=100 if sides == "both" else 120, bias=True)
     arguments = {**on(device, with_features(arguments, torch.bfloat16)), "sides": sides}
-    assert keeps_logits(arguments["image_features"], 120, sides, 2 * 100 * 120)
-    for keep_bytes in (0, 2 * 100 * 120):
+    assert keeps_logits(arguments["image_features"], 120, sides, 2**16)
+    for keep_bytes in (0, 2**16):
         check_contrastive(arguments, keep_bytes=keep_bytes, roundings=2 if keep_bytes else 1)
 
 
@@ -147,22 +216,31 @@ def test_kept_logits_that_underflow(device: torch.device) -> None:
         assert torch.equal(found[name], value), name
 
 
+def test_ranks_keep_only_whole_tiles(device: torch.device) -> None:
+    """Else a block of columns would write into its neighbour."""
+    image = torch.zeros(10, 64, dtype=torch.bfloat16, device=device)
+    for start, stop, keeps in ((0, 256, True), (256, 512, True), (200, 456, False), (256, 500, False)):
+        memory = contrastive_distributed._new_kept(image, 700, slice(start, stop), "both", 2**20)
+        assert (memory is not None) == keeps
+
+
 def test_keeps_only_where_it_fits(device: torch.device) -> None:
     half = torch.zeros(10, 8, dtype=torch.bfloat16, device=device)
-    assert keeps_logits(half, 12, "both", 240) and not keeps_logits(half, 12, "both", 239)
-    assert not keeps_logits(half, 12, "sigmoid", 240)  # its backward is one exp from the logits, and no row sum
-    assert not keeps_logits(half.half(), 12, "both", 240)  # exp(64) is beyond fp16
+    whole_tiles = 2 * 128 * 256
+    assert keeps_logits(half, 12, "both", whole_tiles) and not keeps_logits(half, 12, "both", whole_tiles - 1)
+    assert not keeps_logits(half, 12, "sigmoid", whole_tiles)  # its backward is one exp from the logits, and no row sum
+    assert not keeps_logits(half.half(), 12, "both", whole_tiles)  # exp(64) is beyond fp16
 
 
 def test_cpu_keeps_nothing() -> None:
-    assert not keeps_logits(torch.zeros(10, 8, dtype=torch.bfloat16), 12, "both", 240)
+    assert not keeps_logits(torch.zeros(10, 8, dtype=torch.bfloat16), 12, "both", 2**20)
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
 def test_matches_list_equal_ids() -> None:
-    row_ids, col_ids = torch.tensor([5, 3, 5, 9, -7]), torch.tensor([3, 5, 1, 5, -7, 3])
+    row_ids, col_ids = torch.tensor([5, 3, 5, 4, -7]), torch.tensor([3, 5, 1, 5, -7, 3])
     found = find_matches(row_ids, col_ids)
     for i, row in enumerate(row_ids):
         columns = (col_ids == row).nonzero().flatten()
@@ -171,6 +249,17 @@ def test_matches_list_equal_ids() -> None:
     for j, col in enumerate(col_ids):
         rows = (row_ids == col).nonzero().flatten()
         assert torch.equal(found.row_order[found.col_start[j] : found.col_end[j]], rows)
+
+
+def test_small_softplus_keeps_its_digits(device: torch.device) -> None:
+    """As of most pairs of a batch: exp(-12) beside 1."""
+    arguments = on(device, make_arguments(40, 24, scale=1.0))
+    image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
+    bias, shift = torch.full((40,), -12.0, device=device), torch.zeros(1, device=device)
+    weights = positive_weights(image, 40, None, 0, "sigmoid", "diagonal")
+    logits = Logits(image, text, scale, bias, None, None, *weights, shift, 0, "sigmoid", "diagonal")
+    found, exact = pair_statistics(logits, None)[0], plain_statistics(in_float64(logits))[0]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16384, 32768), (5, 2**30), (2**20, 2**20), (16385, 70000)])
@@ -186,13 +275,16 @@ def test_blocks_cover_the_matrix_within_the_budget(shape: tuple[int, int]) -> No
 
 
 def test_fp16_keeps_small_probabilities(device: torch.device) -> None:
-    """Entries of G below 6e-8, fp16's least number, count: here 1e-7 each, of texts that all look alike."""
-    arguments = make_arguments(64, 16, scale=10.0)
-    arguments["text_features"][1:] = arguments["text_features"][1]
-    arguments["bias"] = torch.full((64,), -9.0)
-    arguments["bias"][0] = 5.0
-    arguments = on(device, with_features(arguments, torch.float16))
-    check_contrastive({**arguments, "sides": "rows"})
+    """Entries of G near 1e-7, where fp16 knows multiples of 6e-8. No row has its pair: that would hide them."""
+    arguments = on(device, with_features(make_arguments(64, 64, scale=1.0), torch.float16))
+    image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
+    row_stat, none, shift = (torch.full((n,), x, device=device) for n, x in ((64, 16.0), (0, 0.0), (1, 0.0)))
+    weights = (torch.ones(64, device=device), torch.zeros(64, device=device))
+    logits = Logits(image, text, scale, None, None, None, *weights, shift, -64, "rows", "diagonal")
+    # The factor lifts what is returned, in fp16, out of that range.
+    found, exact = (take(logits, row_stat, none, 1024.0) for take in (gradients, exact_gradients))
+    for ours, expected in zip(found[:3], exact[:3], strict=True):
+        assert (ours - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
 def test_every_output_element_is_written(device: torch.device) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eclip.kernels import contrastive_distributed
 from eclip.kernels.contrastive_loss import contrastive_loss
 from eclip.kernels.sigmoid_loss import sigmoid_loss
 from tests.helpers import run_torchrun
@@ -244,6 +245,30 @@ def test_group_of_one_rank_is_the_plain_loss() -> None:
         assert sigmoid_loss(image, text, 2.0, -1.0, **group) == sigmoid_loss(image, text, 2.0, -1.0)
         with pytest.raises(ValueError, match="no pair"):
             contrastive_loss(image[:0], text[:0], 2.0, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_collectives_of_one_rank(device: str, backend: str, keep_bytes: int) -> None:
+    """All that several ranks do, by one: a GPU by itself can test NCCL no further."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        features = torch.randn(2, 256, 64, device=device, dtype=torch.bfloat16) / 8
+        found, expected = [], []
+        for losses in (found, expected):
+            image, text = (x.clone().requires_grad_() for x in features)
+            scale = torch.tensor(20.0, device=device, requires_grad=True)
+            if losses is found:
+                rest = (None, None, None, "both", "diagonal", dist.group.WORLD, [256], keep_bytes)
+                loss = contrastive_distributed._GroupShare.apply(image, text, scale, *rest)
+            else:
+                loss = contrastive_loss(image, text, scale, keep_bytes=keep_bytes)
+            loss.backward()
+            losses += [loss.detach(), image.grad, text.grad, scale.grad]
+        for ours, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-5)
     finally:
         dist.destroy_process_group()
 
