@@ -273,7 +273,7 @@ def _gradient_block(
                 *(kept, *tensors, kept.stride(0), block.stride(0), *place, logits.offset), **choices, **_RESCALE
             )
         for online in _forms(kind, kept is not None):
-            options = _options(image.dtype, gpu_generation(image), kind, bias_grad, online)
+            options = _options(image.dtype, gpu_generation(image), kind, logits.bias is not None, online)
             _contrastive_bwd_kernel[_grid(height, width, options)](
                 *(image, text, logits.scale, logits.bias, *tensors),
                 *(image.stride(0), text.stride(0), block.stride(0), *place, image.shape[1], logits.offset),

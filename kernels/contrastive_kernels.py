@@ -33,6 +33,7 @@ _PROGRAMS = 2048
 # A sum below exp(shift - this) may have lost terms that count: those below exp(-87), the least fp32 number. 2^20 of
 # them are exp(-87 + 55 + 14) of it.
 UNDERFLOW = 55.0
+_SUMS = {"PARTS": 16, "BLOCK": 64, "num_warps": 4}
 
 
 @triton.jit
@@ -303,9 +304,6 @@ def _sums(part: Tensor, out: Tensor, parts: int, shift: Tensor, unsafe: Tensor |
         _contrastive_sums_kernel[(triton.cdiv(len(out), _SUMS["BLOCK"]),)](
             part, out, shift, unsafe, parts, part.stride(0), len(out), append, FORM=form, **_SUMS
         )
-
-
-_SUMS = {"PARTS": 16, "BLOCK": 64, "num_warps": 4}
 
 
 def compile_cases() -> Iterator[Case]:

@@ -74,7 +74,7 @@ def same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols):
 
 @triton.jit
 def store_tile(ptr, stride, first_row, first_col, values):
-    """Write a tile into a matrix from `padded_matrix`, in the matrix's dtype."""
+    """Write a tile into a matrix whose memory has its `padded_shape`, in the matrix's dtype."""
     row, col = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
     at = ptr + tl.cast(first_row, tl.int64) * stride + first_col + row[:, None] * stride + col[None, :]
     tl.store(at, values.to(ptr.dtype.element_ty))

@@ -150,7 +150,7 @@ def test_ids(path: torch.device, positives: str, ids: str, sides: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 14.0, 50.0, 100.0, 117.0])
 @pytest.mark.parametrize("kind", ["random", "aligned", "opposed"])
 def test_scales(path: torch.device, scale: float, kind: str) -> None:
-    arguments = make_arguments(37, 64, scale=scale)
+    arguments = make_arguments(67, 64, scale=scale)
     image, text = arguments["image_features"], arguments["text_features"]
     if kind == "aligned":  # in training: the positive is among the largest
         text = F.normalize(0.4 * image + text, dim=-1)
