@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schema import SOURCES, ImageRecord, Product
+from .shard_swap import require_finished
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,11 @@ class _Strings:
 
 
 def find_tars(data_dir: Path, split: str) -> list[Path]:
-    """The tars of a split in order. Raises ValueError when there is none or when a number is left out."""
+    """The tars of a split in order.
+
+    Raises ValueError when there is none, when a number is left out, and when a packing was killed half way.
+    """
+    require_finished(data_dir)
     pattern = re.compile(rf"{re.escape(split)}-(\d+)\.tar")
     found = {int(m[1]): p for p in data_dir.glob(f"{split}-*.tar") if (m := pattern.fullmatch(p.name))}
     if not found:
