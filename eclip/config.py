@@ -11,14 +11,17 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from .setting_rules import Rule, check_settings, flag, require
 
 PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+_ONE_OR_MORE, _ZERO_OR_MORE = Rule(low=1), Rule(low=0)
+_POSITIVE = Rule(low=0, above_low=True)
+_SHARE = Rule(low=0, high=1)
+_BETA = Rule(low=0, high=1, below_high=True)
+_TEMPERATURE = Rule(low=0, above_low=True, why="logits are divided by it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,19 @@ class ModelConfig:
     kernels: Literal["auto", "reference"] = "auto"
     """`reference` runs the whole model on plain PyTorch, for comparison."""
 
+    RULES: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(
+            ("image_size", "patch_size", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
+             "text_heads", "embed_dim", "decoder_depth", "decoder_heads", "slot_heads"),
+            _ONE_OR_MORE,
+        ),
+        "vision_eps": _POSITIVE,
+        "vocab_size": Rule(low=6, why="five special pieces and one more"),
+        "max_positions": Rule(low=3, why="[CLS], one piece and [SEP] need 3"),
+        "num_queries": Rule(low=2, why="one positive and one negative are the least"),
+        "slot_eps": _ZERO_OR_MORE,
+    }  # fmt: skip
+
     @property
     def absorbs_projections(self) -> bool:
         """Whether slot attention moves its queries into token space instead of projecting the tokens.
@@ -72,19 +88,19 @@ class ModelConfig:
         return self.slot_heads <= 4
 
     def __post_init__(self) -> None:
-        pairs = (("vision_width", "vision_heads"), ("text_width", "text_heads"), ("embed_dim", "decoder_heads"))
-        for width, heads in pairs:
-            _require(
+        check_settings(self, self.RULES)
+        towers = (("vision_width", "vision_heads"), ("text_width", "text_heads"))
+        for width, heads in (*towers, ("embed_dim", "decoder_heads"), ("embed_dim", "slot_heads")):
+            require(
                 getattr(self, width) % getattr(self, heads) == 0,
                 f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
-                f"choose a multiple",
+                f"choose a multiple for {flag(width)}",
             )
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
-            f"use e.g. {self.image_size // self.patch_size * self.patch_size}",
+            f"use e.g. {max(1, self.image_size // self.patch_size) * self.patch_size}",
         )
-        _require(self.num_queries >= 2, f"num_queries={self.num_queries}: one positive and one negative are the least")
 
     @property
     def grid(self) -> int:
@@ -111,6 +127,23 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area share of the random resized crop."""
     flip: bool = True
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "demo_image_size": Rule(low=32, high=512, why="the embedded views have 192 px"),
+        "demo_images_per_product": Rule(low=2, why="pairs need images of two sources"),
+        "demo_products": Rule(low=20, why="fewer leave a split without distractors"),
+        "num_workers": _ZERO_OR_MORE,
+        "max_tokens": Rule(low=3, why="[CLS], one piece and [SEP] need 3"),
+    }
+
+    def __post_init__(self) -> None:
+        check_settings(self, self.RULES)
+        low, high = self.crop_scale
+        require(
+            0 < low <= high <= 1,
+            f"crop_scale={self.crop_scale}: area shares of the image, the smallest first; "
+            f"set {flag('crop_scale')} to two numbers with 0 < smallest <= largest <= 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +174,24 @@ class ObjectiveConfig:
     decoder_warmup_steps: int = 0
     """Steps over which the weights of the decoder's losses rise from 0."""
 
+    RULES: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("image_prompt_share", "own_image_share", "gaussian_share", "ema_momentum"), _SHARE),
+        **dict.fromkeys(
+            ("itc_weight", "inter_weight", "itm_weight", "intra_weight", "entropy_weight", "decoder_warmup_steps"),
+            _ZERO_OR_MORE,
+        ),
+        **dict.fromkeys(("inter_temperature", "intra_temperature"), _TEMPERATURE),
+        "token_keep": Rule(low=0, high=1, above_low=True, why="the share of patch tokens that stay"),
+    }
+
     def __post_init__(self) -> None:
-        for name in ("image_prompt_share", "own_image_share", "gaussian_share", "ema_momentum"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: use a number from 0 to 1")
-        for name in ("itc", "inter", "itm", "intra", "entropy"):
-            weight = getattr(self, f"{name}_weight")
-            _require(weight >= 0, f"{name}_weight={weight}: use 0 (off) or more")
-        _require(self.decoder_warmup_steps >= 0, f"decoder_warmup_steps={self.decoder_warmup_steps}: use 0 or more")
-        _require(0 < self.token_keep <= 1, f"token_keep={self.token_keep}: keep a share above 0 and at most 1")
-        for name in ("inter_temperature", "intra_temperature"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: logits are divided by it; use e.g. 0.1")
+        check_settings(self, self.RULES)
+        used = ("itc",) if self.objective == "clip" else ("itc", "inter", "itm", "intra", "entropy")
+        require(
+            any(getattr(self, f"{name}_weight") > 0 for name in used),
+            f"objective={self.objective} with {', '.join(f'{name}_weight=0' for name in used)}: nothing is left to "
+            f"train on; give a weight above 0, e.g. --itc-weight 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +208,14 @@ class OptimConfig:
     schedule: Literal["linear", "cosine"] = "linear"
     clip_norm: float = 1.0
 
+    RULES: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("learning_rate", "clip_norm"), _POSITIVE),
+        **dict.fromkeys(("tower_learning_rate_scale", "weight_decay", "warmup_steps"), _ZERO_OR_MORE),
+        **dict.fromkeys(("beta1", "beta2"), _BETA),
+    }
+
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)}: use a number above 0")
-        for name in ("tower_learning_rate_scale", "weight_decay", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: use 0 or more")
+        check_settings(self, self.RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +231,7 @@ class RunConfig:
     resume: bool = False
     """Continue from the newest complete checkpoint of run_dir (from step 0 when there is none)."""
     overwrite: bool = False
-    """Without --resume: delete the checkpoints and metrics of an earlier run in run_dir instead of refusing."""
+    """Without --resume: delete what an earlier run wrote to run_dir instead of refusing (runs/debug needs no flag)."""
     checkpoint_every: int = 200
     """Steps between checkpoints; one is also written after the last step and at SIGTERM."""
     keep_checkpoints: int = 2
@@ -219,21 +263,21 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    RULES: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("steps", "checkpoint_every", "log_every", "cached_views"), _ONE_OR_MORE),
+        "global_batch_size": Rule(low=2, why="contrast needs two products"),
+        "seed": Rule(low=0, high=2**32 - 1),
+        "keep_checkpoints": Rule(low=1, why="at least the newest stays"),
+    }
+
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps={self.steps}: train at least one step")
-        _require(self.global_batch_size >= 2, f"global_batch_size={self.global_batch_size}: contrast needs at least 2")
-        _require(
+        check_settings(self, self.RULES)
+        require(
             self.lock_image or not self.cache_features,
             "--cache-features needs --lock-image: features of a tower that trains go stale",
         )
-        _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every}: use 1 or more steps")
-        _require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints}: at least the newest stays")
-        _require(self.log_every >= 1, f"log_every={self.log_every}: use 1 or more steps")
-        _require(
-            self.preset in typing.get_args(PresetName),
-            f"preset={self.preset!r}: choose one of {', '.join(typing.get_args(PresetName))}",
-        )
-        _require(
+        require(self.wandb != "", "wandb='': give the project's name, --wandb NAME")
+        require(
             self.data.max_tokens <= self.model.max_positions,
             f"max_tokens={self.data.max_tokens} exceeds max_positions={self.model.max_positions}; "
             f"lower --max-tokens or raise --max-positions",
@@ -249,32 +293,40 @@ class RunConfig:
             hint = ""
             if self.preset == "demo_towers":
                 hint = "; `make towers/ready` fetches the towers of this preset, --preset demo trains without them"
-            _require(path is None or path.is_file(), f"--{name.replace('_', '-')} {path}: no such file{hint}")
+            require(path is None or path.is_file(), f"--{name.replace('_', '-')} {path}: no such file{hint}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """The inverse of `to_json`. Raises ValueError for keys that no setting has."""
-        return _from_record(cls, json.loads(text))
+        """The inverse of `to_json`. Raises ValueError for what is not JSON, unknown keys and values out of range."""
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        config = _from_record(cls, record)
+        assert isinstance(config, cls)
+        return config
 
 
-def _from_record(cls: Any, record: Mapping[str, Any]) -> Any:
+def _from_record(cls: Any, record: Any) -> Any:
     """Rebuild a dataclass from JSON values: nested dataclasses, Paths and tuples get their types back."""
+    require(isinstance(record, Mapping), f"the settings of {cls.__name__} are {type(record).__name__}, not an object")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(record) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was it written by another version?")
+    unknown = sorted(set(record) - {f.name for f in dataclasses.fields(cls)})
+    require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was it written by another version?")
     return cls(**{name: _from_value(hints[name], value) for name, value in record.items()})
 
 
 def _from_value(hint: Any, value: Any) -> Any:
+    """`value` as `hint` wants it; one of a wrong kind stays as it is, for `check_settings` to name."""
     if dataclasses.is_dataclass(hint):
         return _from_record(hint, value)
     if isinstance(hint, types.UnionType):
         return None if value is None else _from_value(typing.get_args(hint)[0], value)
-    if hint is Path:
+    if hint is Path and isinstance(value, str):
         return Path(value)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
     return value

@@ -1,7 +1,12 @@
 """Presets: complete configurations as Python constants, and the command line that overrides their values."""
 
+import dataclasses
+import io
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +81,12 @@ PRESETS: dict[PresetName, RunConfig] = {
     # ECLIP-B and ECLIP-L of the paper; start them from ImageNet and BERT with --image-weights and --text-weights.
     "vit_b16": _paper("vit_b16", width=768, depth=12, heads=12, batch=4096),
     "vit_l16": _paper("vit_l16", width=1024, depth=24, heads=16, batch=3072),
-    # Seconds on a CPU: that everything runs, not that anything is learnt.
+    # Seconds on a CPU: that everything runs, not that anything is learnt. See DISPOSABLE_RUNS.
     "debug": RunConfig(
         preset="debug",
         run_dir=Path("runs/debug"),
         steps=5,
         global_batch_size=8,
-        overwrite=True,
         checkpoint_every=5,
         log_every=1,
         model=ModelConfig(
@@ -108,23 +112,72 @@ PRESETS: dict[PresetName, RunConfig] = {
 }
 
 
+DISPOSABLE_RUNS = (PRESETS["debug"].run_dir,)
+"""Run folders whose earlier run is replaced without --overwrite: those of presets that train nothing worth keeping."""
+_PROGRAM = "python -m eclip.train"
+
+
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
     """Read flags (default: sys.argv) over the preset they name (default: demo).
 
-    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit
-    for --help and, with a message that names it, for an unknown flag or a value that breaks a rule.
+    Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit: 0 for
+    --help, 2 after one line on stderr that names an unknown flag or a value that breaks a rule.
     """
     import tyro  # here, so that a finished run opens where tyro is not installed
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return tyro.cli(
-        RunConfig,
-        prog="python -m eclip.train",
-        description="Train ECLIP. --preset is read first, every other flag overrides its value.",
-        args=arguments,
-        default=PRESETS[_preset_name(arguments)],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    with _one_line_errors():
+        config, unknown = tyro.cli(
+            RunConfig,
+            prog=_PROGRAM,
+            description="Train ECLIP. --preset is read first, every other flag overrides its value.",
+            args=arguments,
+            default=PRESETS[_preset_name(arguments)],
+            config=(tyro.conf.OmitArgPrefixes,),
+            return_unknown_args=True,
+        )
+        if unknown:
+            raise ValueError(_unknown(unknown[0]))
+    return config
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """tyro draws a box around what is wrong; a log of many ranks wants a line."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except ValueError as error:
+        message = str(error)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = _unboxed(said.getvalue())
+    else:
+        sys.stderr.write(said.getvalue())
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
+def _unboxed(text: str) -> str:
+    """The first paragraph in tyro's box: what is wrong, without the help that follows."""
+    rows = [row.strip("│ ") for row in text.splitlines() if row.startswith("│")]
+    end = next((i for i, row in enumerate(rows) if row.startswith("───")), len(rows))
+    return re.sub(r"^Error parsing [\w.]+: ", "", " ".join(rows[:end])) or " ".join(text.split())
+
+
+def _unknown(argument: str) -> str:
+    """An argument that is no setting, and the flags that look like it."""
+    if not argument.startswith("-"):
+        return f"{argument}: no flag stands before it; {_PROGRAM} --help lists them"
+    name = argument.lstrip("-").partition("=")[0].replace("_", "-")
+    settings = [RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig]
+    known = [field.name.replace("_", "-") for kind in settings for field in dataclasses.fields(kind)]
+    near = [flag for flag in known if name in flag] or get_close_matches(name, known)
+    hint = f"did you mean {' or '.join(f'--{flag}' for flag in near[:3])}? " if near else ""
+    return f"--{name}: no such flag; {hint}{_PROGRAM} --help lists them"
 
 
 def _preset_name(arguments: Sequence[str]) -> PresetName:
