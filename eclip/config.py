@@ -258,13 +258,15 @@ class RunConfig:
     """Augmented views of each image in the feature cache."""
     bf16: bool = True
     """bfloat16 autocast on GPU; CPU runs stay in float32."""
+    rank_timeout_seconds: int = 600
+    """How long the ranks wait for a silent one in a collective before the run stops and names it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(("steps", "checkpoint_every", "log_every", "cached_views"), _ONE_OR_MORE),
+        **dict.fromkeys(("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), _ONE_OR_MORE),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
         "seed": Rule(low=0, high=2**32 - 1),
         "keep_checkpoints": Rule(low=1, why="at least the newest stays"),

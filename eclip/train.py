@@ -51,7 +51,7 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, features: CachedFeatures | None) -> dict[str, Tensor]:
         with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
-            return compute_losses(
+            losses = compute_losses(
                 self.model,
                 self.momentum,
                 batch,
@@ -61,6 +61,7 @@ class TrainStep(nn.Module):
                 seed=self.config.seed,
                 group=self.group,
             )
+        return {**losses, "logit_scale": self.model.scale().detach()}
 
     def train(self, mode: bool = True) -> "TrainStep":
         """Locked parts and the momentum model stay in eval mode."""
@@ -251,6 +252,7 @@ class Trainer:
         values, stop = self._gather_numbers(losses, norm, terminated.requested)
         self._require_finite(values, losses, batch)
         self.optimizer.step()
+        self.model.clamp_logit_scale()
         self.optimizer.zero_grad(set_to_none=True)
         if self.momentum is not None:
             update_momentum(self.model, self.momentum, self.config.objective.ema_momentum)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from eclip.config import ModelConfig
 from eclip.model.image_encoder import ImageEncoder
@@ -108,5 +109,16 @@ class ECLIP(nn.Module):
         return self.matching_head(features)
 
     def scale(self) -> Tensor:
-        """exp(logit_scale), at most 100; a scalar."""
-        return self.logit_scale[0].exp().clamp(max=MAX_LOGIT_SCALE)
+        """exp(logit_scale), a scalar; `clamp_logit_scale` keeps it between 1 and 100."""
+        return self.logit_scale[0].exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Bring the scale back between 1 and 100: after each optimizer step, and after loading.
+
+        The parameter and not the scale: past a clamp in the forward pass its gradient is 0, and it never comes back.
+        Each rank of FSDP2 clamps its own shard.
+        """
+        scale: Tensor = self.logit_scale
+        local = scale.to_local() if isinstance(scale, DTensor) else scale
+        local.clamp_(0, math.log(MAX_LOGIT_SCALE))
