@@ -8,13 +8,14 @@ Whatever goes wrong with one image is a CorruptImageError: Pillow's plugins rais
 RuntimeError, AttributeError, MemoryError, SyntaxError and more, by the kind of damage.
 """
 
+import ctypes
 import io
 import logging
 import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Damage is told by CorruptImageError; Pillow's remarks about it would be one line of stderr for every odd photo. The
-# filter is set once: warnings.catch_warnings is not safe in threads, and packing decodes in threads.
+# Damage is told by CorruptImageError; Pillow's and libtiff's remarks about it would be lines of stderr for every odd
+# photo. Set once: warnings.catch_warnings is not safe in threads, and packing decodes in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with suppress(AttributeError, OSError):  # a Pillow without libtiff, or with one whose functions cannot be reached
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be used. `reason` is one of few sentences; `detail` holds numbers and the decoder's words."""
+    """An image that cannot be used. `reason` is one of few sentences; `detail` has numbers and the decoder's words."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)  # both are kept when a worker process pickles the error
