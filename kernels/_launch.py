@@ -1,5 +1,6 @@
 """What every kernel file needs before a launch: path choice, dtype rules, argument checks. No kernel lives here."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -55,10 +56,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition` holds: for users' mistakes; our own are asserts."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(message) unless `condition` holds: for users' mistakes; our own are asserts.
+
+    A message with numbers that callers pass (eps, counts, scales) is a function: torch.compile(dynamic=True) makes such
+    numbers symbols, which it cannot format, so that nothing may be formatted until the check has failed.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def require_alike(**tensors: Tensor) -> None:

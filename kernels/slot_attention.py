@@ -35,7 +35,7 @@ Normalize = Literal["mean", "den", "l1max", "sum"]
 NORMALIZERS = ("mean", "den", "l1max", "sum")
 TokenNorm = tuple[Tensor, Tensor, float]
 MAX_KERNEL_QUERIES = 64
-MAX_KERNEL_DIM = 1024
+MAX_KERNEL_DIM = 2048
 
 
 # --- Reference: the specification, in plain PyTorch; fp32 inside, float64 stays float64 -------------------------------
@@ -160,7 +160,7 @@ def slot_attention(
     heads; with `return_entropy` the sum over tokens of -sum_t A ln A, as (B, H), in nats, for which no map is written.
     Differentiable, once, in q, k, v and query_bias, through all of them. Sums, softmax and eps are fp32 in every
     half-precision dtype.
-    Raises ValueError when shapes, dtypes or devices disagree; on a GPU also for T > 64 or D / num_heads > 1024.
+    Raises ValueError when shapes, dtypes or devices disagree; on a GPU also for T > 64 or D / num_heads > 2048.
     """
     _check_arguments(q, num_heads, normalize, eps, query_bias, query_mask)
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
@@ -243,13 +243,15 @@ def share_tokens(tokens: Tensor, uses: int, *, num_queries: int, num_heads: int 
 
     The gradient of what was passed in comes back through the ports that were used, each by one call: a second one
     raises ValueError, or has a wrong gradient where that cannot be seen (compiled, FSDP2). num_queries, num_heads:
-    those of the calls. Works under activation checkpointing (use_reentrant=False), FSDP2 and torch.compile. Raises
-    ValueError when tokens are not (B, N, C) or a count is not positive.
+    those of the calls. Works under activation checkpointing (use_reentrant=False), FSDP2 and torch.compile. With FSDP2,
+    pass `MixedPrecisionPolicy(cast_forward_inputs=False)`: its default casts what enters a block, the ports too where
+    dtypes differ, and gives each the memory that it does without: 2 x (B, H, T, C) and (B, H, N, 64) a block at T = 20.
+    Raises ValueError when tokens are not (B, N, C) or a count is not positive.
     """
     require(tokens.dim() == 3, f"tokens have shape {tuple(tokens.shape)}; (B, N, C) is needed")
     require(
         min(uses, num_queries, num_heads) >= 1,
-        f"uses={uses}, num_queries={num_queries}, num_heads={num_heads}: each must be at least 1",
+        lambda: f"uses={uses}, num_queries={num_queries}, num_heads={num_heads}: each must be at least 1",
     )
     tokens = tokens.to(autocast_dtype(tokens))
     return tokens.detach(), share(tokens, uses, num_queries, num_heads)
@@ -301,14 +303,16 @@ def _check_arguments(
     require(num_queries > 0, "q holds no query; T must be at least 1")
     require(
         num_heads >= 1 and dim % num_heads == 0,
-        f"num_heads={num_heads} does not divide the D={dim} channels of q; use a divisor of {dim}",
+        lambda: f"num_heads={num_heads} does not divide the D={dim} channels of q; use a divisor of {dim}",
     )
     require(normalize in NORMALIZERS, f"normalize={normalize!r} is unknown; use one of {', '.join(NORMALIZERS)}")
-    require(eps > 0, f"eps={eps} must be positive: a query that wins no token would be divided by zero")
+    require(eps > 0, lambda: f"eps={eps} must be positive: a query that wins no token would be divided by zero")
     if query_bias is not None:
+        # Compared one by one: torch.compile(dynamic=True) takes symbols for different in `shape in shapes`.
+        shape = tuple(query_bias.shape)
         require(
-            tuple(query_bias.shape) in ((num_queries,), (batch, num_queries)),
-            f"query_bias has shape {tuple(query_bias.shape)}; ({num_queries},) or ({batch}, {num_queries}) is needed",
+            shape == (num_queries,) or shape == (batch, num_queries),
+            f"query_bias has shape {shape}; ({num_queries},) or ({batch}, {num_queries}) is needed",
         )
     if query_mask is not None:
         require(
@@ -344,6 +348,8 @@ def _check_tokens(q: Tensor, tokens: Tensor, w_key: Tensor, w_value: Tensor, tok
                 isinstance(x, Tensor) and tuple(x.shape) == (tokens.shape[2],),
                 f"token_norm's {name} must be a tensor of shape ({tokens.shape[2]},)",
             )
+        norm_eps = token_norm[2]
+        require(norm_eps >= 0, lambda: f"token_norm's eps={norm_eps} must be 0 or more: a variance is added to it")
 
 
 def _check_port(q: Tensor, tokens: Tensor, num_heads: int, port: TokenPort) -> None:

@@ -193,6 +193,9 @@ def compile_cases() -> Iterator[Case]:
             (fp16, 20, 49, 384, True, False, 3),
             (bf16, 1, 196, 16, False, True, 3),
             (bf16, 64, 576, 1024, False, True, 3),
+            (bf16, 20, 256, 1408, False, False, 1),
+            (bf16, 20, 729, 1152, False, True, 2),
+            (bf16, 20, 256, 2048, True, False, 3),
             (fp32, 20, 196, 768, False, True, 3),
             (fp32, 64, 196, 1024, False, True, 3),
         ):

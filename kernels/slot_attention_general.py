@@ -1,7 +1,8 @@
-"""The forward of slot attention for any input with T <= 64 and D <= 1024, and what every kernel does with scores.
+"""The forward of slot attention for any input with T <= 64, and what every kernel does with scores.
 
 A program holds the outputs of one image and head for a slice of the channels: an inner loop over all channels gives the
-scores of a tile of tokens, a second load its values. Wider tokens go to further programs, each with the scores anew.
+scores of a tile of tokens, a second load its values. Wider tokens go to further programs, each with the scores anew; the
+slices of an image are neighbours in the grid, so that all but the first find its tokens in the L2 cache.
 """
 
 import triton
@@ -82,16 +83,18 @@ def slot_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,  # channels of one step of the scores' sum
     BLOCK_V: tl.constexpr,  # channels of the output that this program owns
 ):
-    row = tl.program_id(0).to(tl.int64)  # image * num_heads + head; B * T * D elements pass 2**31 in real batches
+    slices = tl.cdiv(dim, BLOCK_V)
+    row = (tl.program_id(0) // slices).to(tl.int64)  # image * num_heads + head; B T D passes 2**31 in real batches
+    part_of_dim = tl.program_id(0) % slices
     image = row // num_heads
     head = row % num_heads
     group = head // heads_per_group
     t = tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    leads = tl.program_id(1) == 0  # stores what does not depend on the channels
-    split = tl.program_id(2)
+    channel = part_of_dim * BLOCK_V + tl.arange(0, BLOCK_V)
+    leads = part_of_dim == 0  # stores what does not depend on the channels
+    split = tl.program_id(1)
     query_in = t < num_queries
     channel_in = channel < dim
     # Padded and absent queries take no share of the softmax over queries.
@@ -139,7 +142,8 @@ def slot_attention_fwd_kernel(
                 mean += gap * share
                 query_sum += tl.sum(q.to(tl.float32), 1)
         if HAS_NORM:
-            rstd = tl.rsqrt(squares / dim + norm_eps)
+            # Padded tokens have no variance: at norm_eps = 0 their infinite rstd would reach every query.
+            rstd = tl.rsqrt(tl.where(token_in, squares / dim, 1.0) + norm_eps)
             scores = (scores - query_sum[:, None] * mean[None, :]) * rstd[None, :]
         assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[:, None], 0)
         assignment = tl.where(token_in[None, :], assignment, 0.0)
@@ -167,7 +171,7 @@ def slot_attention_fwd_kernel(
 
     if HAS_NORM:
         out -= mean_part[:, None]
-    part = split * tl.num_programs(0) + row  # row, unless PARTIAL
+    part = split * (tl.num_programs(0) // slices) + row  # row, unless PARTIAL
     if not PARTIAL:
         out = over_tokens(out, mass[:, None], value_sum[None, :], num_tokens, eps, NORMALIZE)
         out = tl.where(present[:, None], out, 0.0)

@@ -176,7 +176,7 @@ def triton_forward(
             )
         else:
             strides += values.stride()[:3]
-            slot_attention_fwd_kernel[(batch * heads, slices, splits)](
+            slot_attention_fwd_kernel[(batch * heads * slices, splits)](
                 q, k, values, bias, mask, *outputs, *strides, *numbers, **flags, **options
             )
         if partial:
@@ -225,10 +225,13 @@ def compile_cases() -> Iterator[Case]:
         (fp16, 20, 384, False, True, None),
         (bf16, 1, 16, True, True, None),
         (bf16, 64, 1024, True, True, None),
+        (bf16, 20, 1408, True, False, None),
+        (bf16, 20, 2048, False, True, None),
         (fp32, 20, 768, True, True, None),
         (fp32, 64, 1024, True, True, 8),
         (fp32, 64, 1024, True, True, 9),
         (fp32, 64, 1024, True, True, 10),
+        (fp32, 20, 1408, True, True, None),
     ):
         normalize = "mean" if optional else "den"
         options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize, generation=generation or 9)

@@ -135,7 +135,9 @@ def slot_attention_one_pass_fwd_kernel(
             # Squares are summed uncentred: the cancellation error grows with a token's offset as that of its rounding
             # to half precision does, and stays below it.
             mean = tl.sum(tl.where((t == SPARE)[None, :], scores, 0.0), 1) / dim
-            rstd = tl.rsqrt(tl.maximum(squares / dim - mean * mean, 0.0) + norm_eps)
+            variance = tl.maximum(squares / dim - mean * mean, 0.0)
+            # Padded tokens have none: at norm_eps = 0 their infinite rstd would reach every query through the product.
+            rstd = tl.rsqrt(tl.where(token_in, variance, 1.0) + norm_eps)
             scores = (scores - mean[:, None] * query_sum[None, :]) * rstd[:, None]
         assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[None, :], 1)
         assignment = tl.where(token_in[:, None], assignment, 0.0)
@@ -190,13 +192,13 @@ def one_pass_options(
     """Blocks, warps and stages, so that nothing spills and a block fits; None where the kernel does not apply."""
     warps, spare = 8, norm or normalize == "mean"
     block_t = padded_queries(num_queries + spare)
-    if dtype == torch.float32 or block_t > 32 or not 64 < dim <= 1024:
+    if dtype == torch.float32 or block_t > 32 or not 64 < dim <= 1408:
         return None
     # As little padding as possible: D = 384 as 3 x 128, 768 as 3 x 256.
     block_c = min(256, 128, key=lambda width: (triton.cdiv(dim, width) > 4, triton.cdiv(dim, width) * width))
     chunks = triton.cdiv(dim, block_c)
     wide = chunks * block_c > 768
-    if wide and norm:
+    if (wide and norm) or block_t * chunks * block_c > 32 * 1152:  # the sums would spill
         return None
     crowded = wide or (norm and (return_map or normalize == "mean"))  # 32 tokens would spill
     for block_n in (32, 16):
@@ -227,6 +229,10 @@ def compile_cases() -> Iterator[Case]:
             (bf16, 20, 768, True, True, False),
             (fp16, 7, 384, True, True, True),
             (bf16, 31, 1024, False, True, False),
+            (bf16, 20, 1152, False, False, False),
+            (bf16, 20, 1152, False, True, False),
+            (bf16, 15, 1408, False, False, False),
+            (bf16, 15, 1408, False, True, True),
         ):
             options = one_pass_options(
                 num_queries,

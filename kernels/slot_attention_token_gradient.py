@@ -231,6 +231,7 @@ def compile_cases() -> Iterator[Case]:
         (fp16, 20, 49, 384, 1, "grad_outs", False),
         (bf16, 1, 196, 16, 2, "both", True),
         (bf16, 64, 576, 1024, 6, "both", True),
+        (bf16, 20, 729, 1408, 6, "both", True),
         (fp32, 20, 196, 768, 6, "both", True),
         (fp32, 64, 196, 1024, 1, "both", True),
     ):
