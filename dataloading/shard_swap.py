@@ -187,10 +187,10 @@ def _swap(data_dir: Path, old: list[str]) -> None:
         for name in new:
             (unfinished / name).rename(data_dir / name)
         _sync_folder(data_dir)
+        unfinished.rename(aside)
     except BaseException:
         _put_back(data_dir)
         raise
-    unfinished.rename(aside)
 
 
 def _put_back(data_dir: Path) -> None:
