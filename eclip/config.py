@@ -266,7 +266,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), _ONE_OR_MORE),
+        **dict.fromkeys(
+            ("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), _ONE_OR_MORE
+        ),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
         "seed": Rule(low=0, high=2**32 - 1),
         "keep_checkpoints": Rule(low=1, why="at least the newest stays"),

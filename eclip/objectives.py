@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,14 +138,23 @@ def take_query(slots: Tensor, index: Tensor) -> Tensor:
     return slots[torch.arange(len(slots), device=slots.device), index]
 
 
+def full_precision(like: Tensor) -> torch.autocast:
+    """No autocast inside: it would round the operands of products to bfloat16 again, whatever `.float()` made of them.
+
+    Both losses' logits are divided by a temperature near 0.1: a cosine's rounding of 2^-9 is 0.02 of a logit there.
+    """
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def intra_product_loss(slots: Tensor, texts: Tensor, positive: Tensor, excluded: Tensor, temperature: float) -> Tensor:
     """Cross-entropy over the T outputs of each image: the positive one is what the title speaks of.
 
     slots (B, T, D), texts (B, D), positive (B,); excluded (B, T) bool: prompts of the same title or product.
     """
-    logits = torch.einsum("btd,bd->bt", F.normalize(slots.float(), dim=-1), F.normalize(texts.float(), dim=-1))
-    logits = (logits / temperature).masked_fill(excluded, float("-inf"))
-    return F.cross_entropy(logits, positive)
+    with full_precision(slots):
+        logits = torch.einsum("btd,bd->bt", F.normalize(slots.float(), dim=-1), F.normalize(texts.float(), dim=-1))
+        logits = (logits / temperature).masked_fill(excluded, float("-inf"))
+        return F.cross_entropy(logits, positive)
 
 
 def matching_loss(
@@ -163,24 +173,25 @@ def matching_loss(
     """L_itm: instance (B, D) with its title (B, D), and with one of its T-1 negative titles, drawn in proportion to
     exp(scale * cosine): the more alike, the more often. A row with all negatives excluded counts its match alone."""
     total, num_queries = len(instances) * world_size, draw.products.shape[1]
-    unit, own, others = (F.normalize(x.float(), dim=-1) for x in (instances, texts, pool))
-    candidates = others[draw.products]
-    with torch.no_grad():
-        similarity = model.scale().detach() * torch.einsum("bd,btd->bt", unit, candidates)
-        similarity.scatter_(1, draw.positive[:, None], float("-inf")).masked_fill_(excluded, float("-inf"))
-        generator = _generator(seed, step, _MATCHING)
-        noise = torch.rand(total, num_queries, generator=generator).clamp_min_(1e-12)
-        gumbel = -torch.log(-torch.log(noise[rank * len(unit) : (rank + 1) * len(unit)].to(unit.device)))
-        chosen = (similarity + gumbel).argmax(dim=1)
-        usable = similarity.isfinite().any(dim=1)
-    # Unit vectors times sqrt(D): entries of the product are of order one, as a linear head wants them.
-    width = unit.shape[-1]
-    matched = model.match(unit * own * width)
-    unmatched = model.match(unit * take_query(candidates, chosen) * width)
-    target = torch.ones(len(unit), dtype=torch.long, device=unit.device)
-    positive_loss = F.cross_entropy(matched, target)
-    negative_loss = F.cross_entropy(unmatched, target - 1, reduction="none")
-    return (positive_loss + (negative_loss * usable).mean()) / 2
+    with full_precision(instances):
+        unit, own, others = (F.normalize(x.float(), dim=-1) for x in (instances, texts, pool))
+        candidates = others[draw.products]
+        with torch.no_grad():
+            similarity = model.scale().detach() * torch.einsum("bd,btd->bt", unit, candidates)
+            similarity.scatter_(1, draw.positive[:, None], float("-inf")).masked_fill_(excluded, float("-inf"))
+            generator = _generator(seed, step, _MATCHING)
+            noise = torch.rand(total, num_queries, generator=generator).clamp_min_(1e-12)
+            gumbel = -torch.log(-torch.log(noise[rank * len(unit) : (rank + 1) * len(unit)].to(unit.device)))
+            chosen = (similarity + gumbel).argmax(dim=1)
+            usable = similarity.isfinite().any(dim=1)
+        # Unit vectors times sqrt(D): entries of the product are of order one, as a linear head wants them.
+        width = unit.shape[-1]
+        matched = model.match(unit * own * width)
+        unmatched = model.match(unit * take_query(candidates, chosen) * width)
+        target = torch.ones(len(unit), dtype=torch.long, device=unit.device)
+        positive_loss = F.cross_entropy(matched, target)
+        negative_loss = F.cross_entropy(unmatched, target - 1, reduction="none")
+        return (positive_loss + (negative_loss * usable).mean()) / 2
 
 
 def compute_losses(
@@ -243,10 +254,15 @@ def _loss_function(model: ECLIP, count: int, group: dist.ProcessGroup | None) ->
     if model.config.kernels != "reference":
         # The sampler gives every rank as many products, so counts need not be exchanged, nor the GPU be waited for.
         rows_per_rank = None if group is None else (count,) * dist.get_world_size(group)
-        return partial(contrastive_loss, group=group, rows_per_rank=rows_per_rank)
+        return partial(_contrast, partial(contrastive_loss, group=group, rows_per_rank=rows_per_rank))
     if group is not None and dist.get_world_size(group) > 1:
         raise ValueError("--kernels reference compares on one rank; start without torchrun, or use --kernels auto")
-    return contrastive_loss_reference
+    return partial(_contrast, contrastive_loss_reference)
+
+
+def _contrast(loss: Callable[..., Tensor], images: Tensor, texts: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    with full_precision(images):
+        return loss(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), scale, **options)
 
 
 def _image_text_loss(
@@ -260,8 +276,8 @@ def _image_text_loss(
     titles = batch.title_ids[:, 0].contiguous()
     ids = {"none": None, "title": titles, "catalog": batch.catalog_ids}[config.soft_labels]
     return loss_function(
-        F.normalize(images.float(), dim=-1),
-        F.normalize(texts.float(), dim=-1),
+        images,
+        texts,
         model.scale(),
         image_ids=ids,
         text_ids=ids,
@@ -305,8 +321,8 @@ def _instance_losses(
     excluded = _same_title_or_product(batch, draw, group)
     return {
         "inter": loss_function(
-            F.normalize(instances.float(), dim=-1),
-            F.normalize(keys.float(), dim=-1),
+            instances,
+            keys,
             torch.full((), 1 / config.inter_temperature, device=device),
             image_ids=batch.product_ids,
             text_ids=batch.product_ids,

@@ -256,6 +256,45 @@ def test_losses_under_autocast(model: ECLIP) -> None:
     assert model.logit_scale.grad is not None and model.logit_scale.grad.isfinite().all()
 
 
+def _intra(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    excluded = torch.zeros(slots.shape[:2], dtype=torch.bool)
+    return intra_product_loss(slots, texts, torch.arange(len(slots)) % T, excluded, 0.02)
+
+
+def _matching(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    draw = draw_prompts(len(texts), T, DEFAULT, seed=0, step=0)
+    excluded = torch.zeros(slots.shape[:2], dtype=torch.bool)
+    return matching_loss(model, slots[:, 0], texts, texts, draw, excluded, seed=0, step=0)
+
+
+def _contrastive(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    return eclip.objectives._loss_function(model, len(texts), None)(slots[:, 0], texts, torch.tensor(100.0))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("loss", [_intra, _matching, _contrastive])
+def test_products_of_the_losses_are_float32_under_autocast(loss: Any, kernels: str) -> None:
+    """Values and gradients are those without autocast: bfloat16 would change the third digit."""
+    torch.manual_seed(0)
+    model = ECLIP(dataclasses.replace(TINY, kernels=kernels))
+    model.matching_head.weight.data.mul_(20)
+    rows = torch.randn(16, T, TINY.embed_dim), torch.randn(16, TINY.embed_dim)
+    found = []
+    for autocast in (True, False):
+        inputs = [x.clone().requires_grad_() for x in rows]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(model, *inputs)
+        value.backward()
+        found.append((value, *(x.grad for x in inputs)))
+    for cast, plain in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        torch.testing.assert_close(cast, plain, rtol=1e-6, atol=1e-7)
+    if loss is _intra:
+        slots, texts = (F.normalize(x.double(), dim=-1) for x in rows)
+        exact = F.cross_entropy(torch.einsum("btd,bd->bt", slots, texts) / 0.02, torch.arange(16) % T)
+        assert found[0][0].item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_kept_tokens_are_a_sorted_share_drawn_per_view_and_step() -> None:
     first, second = draw_tokens(16, 0.3, seed=0, step=1)
     for kept in (first, second):

@@ -9,6 +9,7 @@ from eclip.config import OptimConfig
 from eclip.model.eclip import ECLIP
 from eclip.optim import build_optimizer, learning_rate, param_groups, set_learning_rate
 from eclip.presets import PRESETS
+from tests.helpers import assert_as_accurate
 
 CONFIG = OptimConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.05, tower_learning_rate_scale=0.1)
 
@@ -72,6 +73,26 @@ def test_schedule(schedule: str) -> None:
 def test_schedule_of_a_run_shorter_than_its_warmup() -> None:
     assert [learning_rate(s, 2, CONFIG) for s in range(2)] == pytest.approx([5e-4, 1e-3])
     assert learning_rate(0, 5, dataclasses.replace(CONFIG, warmup_steps=0)) == 1e-3
+
+
+def test_a_fused_step_is_as_accurate_as_a_plain_one(model: ECLIP) -> None:
+    """Both against AdamW in float64, after three steps on the same gradients."""
+    found = {}
+    kinds = {"fused": (torch.float32, None), "plain": (torch.float32, False), "exact": (torch.float64, False)}
+    for name, (dtype, fused) in kinds.items():
+        torch.manual_seed(0)
+        copy = ECLIP(PRESETS["debug"].model).to(dtype)
+        optimizer = build_optimizer(copy, CONFIG)
+        if fused is None:
+            assert all(group["fused"] for group in optimizer.param_groups)
+        else:
+            optimizer = torch.optim.AdamW(param_groups(copy, CONFIG), lr=1e-3, betas=(0.9, 0.98), fused=fused)
+        for _ in range(3):
+            for p in copy.parameters():
+                p.grad = torch.randn(p.shape).to(dtype)
+            optimizer.step()
+        found[name] = torch.cat([p.detach().flatten() for p in copy.parameters()])
+    assert_as_accurate(found["fused"], found["plain"], found["exact"])
 
 
 def test_adamw_takes_the_configured_values(model: ECLIP) -> None:

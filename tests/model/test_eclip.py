@@ -58,13 +58,27 @@ def test_instance_queries_are_the_prompt_and_fixed_negatives(model):
     torch.testing.assert_close(negatives.norm(dim=-1), torch.full((4,), 4.0))
 
 
-def test_scale_starts_at_the_temperature_and_is_clamped(model):
+def test_scale_starts_at_the_temperature(model):
     assert model.scale().item() == pytest.approx(1 / 0.07)
     assert model.scale().shape == ()
     assert model.logit_scale.shape == (1,)
+
+
+@pytest.mark.parametrize(("start", "direction", "limit"), [(9.0, -1.0, 100.0), (-3.0, 1.0, 1.0)])
+def test_scale_stays_in_its_range_and_comes_back(model, start, direction, limit):
+    """Past the limit the gradient still points back: a clamp in the forward pass would have made it 0."""
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
-    assert model.scale().item() == 100.0
+        model.logit_scale.fill_(start)
+    model.clamp_logit_scale()
+    assert model.scale().item() == pytest.approx(limit)
+    optimizer = torch.optim.SGD([model.logit_scale], lr=1e-3)
+    for _ in range(2):
+        model.logit_scale.grad = None
+        (-direction * model.scale()).backward()
+        assert model.logit_scale.grad.item() * -direction > 0
+        optimizer.step()
+        model.clamp_logit_scale()
+    assert (model.scale().item() - limit) * direction > 0
 
 
 def test_the_whole_model_on_reference_kernels_gives_the_same_numbers(model):
