@@ -45,9 +45,9 @@ def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
         return None
 
 
-def is_srgb(profile: bytes) -> bool:
-    """Whether an RGB image's pixels stay as they are under this profile."""
-    return _transform(profile, "RGB") is None
+def is_srgb(profile: bytes, mode: str) -> bool:
+    """Whether the pixels of an image of this mode, RGB or L, stay as they are under this profile."""
+    return _transform(profile, mode) is None
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -72,7 +72,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         transform = _transform(profile, colours.mode)
     if transform is not None:
         colours = transform.apply(colours)
-    rgb = colours.convert("RGB")
+    rgb = colours if colours.mode == "RGB" else colours.convert("RGB")
     if alpha is None:
         return rgb
     rgb.putalpha(alpha.getchannel("A"))

@@ -1,7 +1,8 @@
 """The DALI decode path: crop-in-decode, resize and mirror, on the CPU (`cpu` backend) or on a GPU (`mixed`).
 
 DALI gets the bytes, boxes and mirror flags of a step from a callable of the batch index, so that order, pairs and
-crops stay ours (sampling.py) and a resumed run starts its pipeline at any step.
+crops stay ours (sampling.py) and a resumed run starts its pipeline at any step. It gets what it shows as Pillow does,
+all of a packed catalogue; of an image of another kind (headers.py) it gets the crop that Pillow has made.
 
 Damaged files need care (DALI 2.4.0): bytes that do not parse can crash the process, so headers are parsed before they
 are handed over; a file that parses but does not decode raises RuntimeError and leaves the pipeline dead, so the bad
@@ -18,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .pipeline import PREFETCH, Bad, BatchSource, CorruptImageError, decode_square, open_image
+from .headers import plain, plain_bytes
+from .images import CorruptImageError, check_pixels, open_image
+from .pipeline import PREFETCH, Bad, BatchSource, decode_crop, decode_square
 from .sampling import Rows
 from .schema import Batch
 
@@ -29,19 +32,22 @@ log = logging.getLogger(__name__)
 
 
 def _size_parser() -> Callable[[bytes], tuple[int, int]]:
-    """bytes -> (width, height), raising CorruptImageError; by DALI's own parser (16 us) where it can be had."""
+    """bytes -> (width, height), raising RuntimeError or ValueError; by DALI's own parser where it can be had."""
     if importlib.util.find_spec("nvidia.nvimgcodec") is None:
         return lambda data: open_image(data).size
     from nvidia import nvimgcodec
 
     def parse(data: bytes) -> tuple[int, int]:
-        try:
-            stream = nvimgcodec.CodeStream(data)
-            return stream.width, stream.height  # parses now
-        except RuntimeError as error:
-            raise CorruptImageError(str(error)) from error
+        stream = nvimgcodec.CodeStream(data)
+        return stream.width, stream.height  # parses now
 
     return parse
+
+
+def _as_pnm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(3, H, W) RGB as the bytes of a file that any decoder reads without loss."""
+    header = np.frombuffer(b"P6 %d %d 255\n" % pixels.shape[:0:-1], np.uint8)
+    return np.concatenate([header, pixels.transpose(1, 2, 0).ravel()])
 
 
 def _build(
@@ -67,7 +73,7 @@ def _build(
             normalized_anchor=False,
             normalized_shape=False,
             output_type=types.RGB,
-            adjust_orientation=False,  # boxes are in stored pixels
+            adjust_orientation=False,  # images that are not upright are decoded by Pillow
         )
         # Antialiased cubic: within 1 of 255 of Pillow's BICUBIC where no DCT-scaled decode comes in.
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
@@ -103,16 +109,31 @@ class DaliPipeline:
             device_id=torch.cuda.current_device() if gpu else None,
         )
 
+    def _size(self, data: bytes) -> tuple[int, int] | None:
+        """Width and height if DALI shows this image as Pillow does, else None. Raises CorruptImageError."""
+        if not plain_bytes(data) and not plain(open_image(data)):
+            return None
+        try:
+            size = self._parse(data)
+        except RuntimeError:
+            open_image(data)  # says what is wrong, unless it is with DALI's parser alone
+            return None
+        check_pixels(*size)
+        return size
+
     def _attempt(self, row: int, draws: NDArray[np.float64]) -> tuple[NDArray[np.uint8], tuple[int, ...], bool]:
+        """An image's bytes, crop box and mirroring. Raises CorruptImageError."""
         if row in self._quarantine:
             raise CorruptImageError(self._quarantine[row])
-        data = self.source.index.read_image(row)
+        data, side = self.source.index.read_image(row), self.source.image_size
         try:
-            width, height = self._parse(data)
+            size = self._size(data)
+            box, flip = self.source.box(draws, *(size or open_image(data).size))
+            if size is None:  # Pillow decodes and crops; only the mirroring is left to DALI
+                return _as_pnm(decode_crop(data, side, box, flip=False)), (0, 0, side, side), flip
         except CorruptImageError as error:
             self._quarantine[row] = str(error)
             raise
-        box, flip = self.source.box(draws, width, height)
         return np.frombuffer(data, np.uint8), box, flip
 
     def _feed(self, step: int) -> tuple[Any, ...]:
@@ -140,7 +161,9 @@ class DaliPipeline:
     def _dali_refuses(self, row: int) -> str:
         """Why DALI cannot decode an image alone, on the CPU; empty if it can."""
         data = self.source.index.read_image(row)
-        shape = np.array([self._parse(data)], np.int32)
+        if (size := self._size(data)) is None:
+            return ""  # Pillow decodes it
+        shape = np.array([size], np.int32)
         feed = [np.frombuffer(data, np.uint8)], np.zeros((1, 2), np.int32), shape, np.zeros(1, np.int32)
         pipe = _build(lambda _: feed, self.source.image_size, batch_size=1, num_threads=1, device_id=None)
         try:

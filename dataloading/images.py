@@ -73,7 +73,7 @@ def _words(error: BaseException) -> str:
 
 
 @contextmanager
-def _rejecting(reason: str) -> Iterator[None]:
+def rejecting(reason: str) -> Iterator[None]:
     """Turn whatever is raised inside into a CorruptImageError; KeyboardInterrupt and SystemExit pass."""
     try:
         yield
@@ -126,7 +126,7 @@ def open_image(data: bytes, formats: Sequence[str] = STORED) -> OpenedImage:
     if not data:
         raise CorruptImageError("empty file")
     kinds = ", ".join(STORED) if formats is STORED else "image"
-    with _rejecting(f"not a readable {kinds} header"):
+    with rejecting(f"not a readable {kinds} header"):
         try:
             image = Image.open(io.BytesIO(data), formats=formats)
         except UnidentifiedImageError as error:
@@ -134,6 +134,8 @@ def open_image(data: bytes, formats: Sequence[str] = STORED) -> OpenedImage:
                 raise CorruptImageError("HEIC is not read here: convert to JPEG first") from error
             raise CorruptImageError(f"not a readable {kinds} header", f"starts with {data[:12]!r}") from error
         check_pixels(*image.size)
+        if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
+            image.load()  # the block may stand behind the pixels
         return OpenedImage(image, _orientation(image))
 
 
@@ -161,15 +163,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises CorruptImageError.
     """
-    with _rejecting("cannot be decoded"):
-        deep = any(str(tile[3]).find(";16") >= 0 for tile in getattr(image, "tile", ()))
+    with rejecting("cannot be decoded"):
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):
+            image.info["transparency"] = tuple(value >> 8 for value in clear)  # as decoding cuts the pixels to 8 bits
         image.load()
         check_pixels(*image.size)  # some formats tell their true size only now
         turn = _TURNS.get(_orientation(image))
         if image.mode == "RGB" and not image.info.keys() & {"icc_profile", "transparency"}:
             return image if turn is None else image.transpose(turn)
-        if deep and isinstance(clear := image.info.get("transparency"), tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in clear)  # the pixels have been cut to 8 bits
         if image.mode.startswith(("I", "F")):
             image = _grey(image)
         rgb = to_srgb(image)
@@ -201,7 +203,7 @@ def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tup
     Returns the JPEG, its width and height. Raises CorruptImageError for whatever is wrong with this one image.
     """
     picture = upright_rgb(open_image(_read(path), _FILES).image)
-    with _rejecting("cannot be encoded"):
+    with rejecting("cannot be encoded"):
         if min(picture.size) < MIN_SIDE:
             raise CorruptImageError(f"smaller than {MIN_SIDE} px", f"{picture.width} x {picture.height} px")
         scale = short_side / min(picture.size)

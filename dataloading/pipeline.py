@@ -3,11 +3,10 @@
 `BatchSource` makes the batch of a step, given a way to decode; it replaces undecodable images and packs titles and ids.
 `TorchPipeline` decodes with Pillow in DataLoader workers, a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is
 still larger than the crop's output: 2.2 times the speed of a full decode for 224 px from a megapixel. DALI's is in
-dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the stored pixels: no EXIF rotation, which
-pack.py has applied once.
+dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images.py says an image has:
+those that packing would store.
 """
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch
 from .text import WordPiece
@@ -30,39 +30,29 @@ Bad = dict[str, str]
 
 # Bicubic, antialiased: what the published image towers were trained and evaluated with.
 _FILTER = Image.Resampling.BICUBIC
-_FORMATS = ("JPEG", "PNG", "WEBP")
 PREFETCH = 2  # batches ready ahead, for each worker
 
 
-class CorruptImageError(ValueError):
-    """Stored bytes that are no image, or not a whole one."""
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Parse an image's header; pixels are not decoded yet. Raises CorruptImageError."""
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more, by kind of damage
-        raise CorruptImageError(f"not a readable {', '.join(_FORMATS)} header ({type(error).__name__})") from error
-
-
-def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
-    """(size, size, 3) RGB: a box of the image, resized. Raises CorruptImageError."""
-    width, height = image.size
-    try:
+def _resized(opened: OpenedImage, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
+    """(size, size, 3) RGB: a box of an upright image, resized. Raises CorruptImageError."""
+    width, height = opened.size
+    with rejecting("cannot be decoded"):
         wanted = (math.ceil(width * size / (box[2] - box[0])), math.ceil(height * size / (box[3] - box[1])))
-        drafted = image.draft(None, wanted)  # None for formats without a scaled decode
-        shrink = width / drafted[1][2] if drafted else 1.0
+        stored = opened.image.width
+        # None for formats without a scaled decode.
+        drafted = opened.image.draft(None, wanted if stored == width else wanted[::-1])
+        shrink = stored / drafted[1][2] if drafted else 1.0
         x0, y0, x1, y1 = (c / shrink for c in box)
-        image = image.convert("RGB")
+        image = upright_rgb(opened.image)
         inside = (x0, y0, min(x1, image.width), min(y1, image.height))
         return np.asarray(image.resize((size, size), _FILTER, box=inside))
-    except Exception as error:  # as above
-        raise CorruptImageError(str(error) or type(error).__name__) from error
 
 
 def decode_crop(data: bytes, size: int, box: tuple[float, float, float, float], *, flip: bool) -> NDArray[np.uint8]:
-    """(3, size, size): a box (x0, y0, x1, y1 in stored pixels) of an image, resized and perhaps mirrored."""
+    """(3, size, size): a box (x0, y0, x1, y1 in pixels of the upright image), resized and perhaps mirrored.
+
+    Raises CorruptImageError (a ValueError).
+    """
     pixels = _resized(open_image(data), box, size)
     return (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
 
@@ -72,8 +62,8 @@ def decode_square(data: bytes, size: int) -> Tensor:
 
     Boxes of the image scale by size/width and size/height. Raises CorruptImageError (a ValueError).
     """
-    image = open_image(data)
-    return torch.from_numpy(_resized(image, (0, 0, *image.size), size).transpose(2, 0, 1).copy())
+    opened = open_image(data)
+    return torch.from_numpy(_resized(opened, (0, 0, *opened.size), size).transpose(2, 0, 1).copy())
 
 
 class BatchSource:

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import CorruptImageError, decode_crop, decode_square
@@ -16,8 +16,8 @@ from tests.dataloading.fixtures import jpeg, make_split
 
 
 def oracle(data, size, box):
-    """(size, size, 3): decode everything, cut, resize."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    """(size, size, 3): decode everything, turn upright, cut, resize."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(int)
 
 
