@@ -7,12 +7,8 @@ are pure functions of (seed, step): a resumed run repeats an unbroken one, and r
 
 import json
 import math
-import signal
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +17,20 @@ from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
-from .feature_cache import FeatureCache, cache_folder
+from .ending import conclude, leave, once, restart_note
+from .feature_cache import FeatureCache, cache_folder, single_image_note
 from .metrics import MetricSink, Throughput, build_sinks, count_flops
 from .model.eclip import ECLIP
 from .model.pretrained import load_image_weights, load_text_weights
 from .momentum import is_locked, make_momentum, update_momentum
 from .objectives import CachedFeatures, compute_losses
 from .optim import build_optimizer, learning_rate, set_learning_rate
-from .parallel import Ranks, shard, start_ranks, stop_ranks
+from .parallel import Ranks, find_ranks, part, shard, start_ranks
 from .prepare import Prepared, prepare
 from .presets import parse
+from .signals import Stopped, StopSignals, signal_name
+from .torchrun import stopped_status, under_torchrun
+from .watch import PeerFailed
 
 
 class CannotStart(ValueError):
@@ -74,37 +74,6 @@ class TrainStep(nn.Module):
         return self
 
 
-class Terminated:
-    """True once SIGTERM came: the step in progress ends, a checkpoint is written, then the run stops."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "Terminated":
-        self.previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-
-@contextmanager
-def sigterm_held() -> Iterator[None]:
-    """Deliver SIGTERM after the block. Data workers forked inside inherit that and never see it.
-
-    torchrun and job queues signal the whole process group; a worker that dies of it would fail the run before the
-    checkpoint is written. Workers end with their parent.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
 def use_bf16(config: RunConfig, ranks: Ranks) -> bool:
     return config.bf16 and ranks.device.type == "cuda"
 
@@ -128,25 +97,23 @@ def build_model(config: RunConfig) -> ECLIP:
 
 
 def open_cache(model: ECLIP, prepared: Prepared, ranks: Ranks) -> FeatureCache | None:
-    """The cache of the locked towers' outputs, beside the shards: runs on one catalogue share it. Rank 0 fills it."""
+    """The cache of the locked towers' outputs, beside the shards: runs on one catalogue share it.
+
+    All ranks fill it together, through the file: nobody waits in a collective meanwhile.
+    """
     config = prepared.config
     if not config.cache_features:
         return None
-
-    def build() -> FeatureCache:
-        return FeatureCache.build_or_open(
-            cache_folder(config),
-            model,
-            prepared.index,
-            prepared.tokenizer,
-            config,
-            views=config.cached_views,
-            device=ranks.device,
-        )
-
-    cache = build() if ranks.is_main else None
-    ranks.barrier()
-    return cache or build()
+    return FeatureCache.build_or_open(
+        cache_folder(config),
+        model,
+        prepared.index,
+        prepared.tokenizer,
+        config,
+        views=config.cached_views,
+        device=ranks.device,
+        progress=ranks.is_main,
+    )
 
 
 def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:
@@ -182,11 +149,11 @@ class Trainer:
         if ranks.mesh is not None:
             block_dtype = torch.bfloat16 if use_bf16(self.config, ranks) else None
             shard(self.step_module, ranks.mesh, block_dtype=block_dtype)
-        self.optimizer = build_optimizer(self.model, self.config.optim, fused=ranks.device.type == "cuda")
+        self.optimizer = build_optimizer(self.model, self.config.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loader = make_loader(prepared, ranks)
-        self.step = 0
-        """Steps done."""
+        self.step = self.saved_step = 0
+        """Steps done, and those of them that the newest checkpoint holds."""
         if self.config.resume:
             self._resume()
 
@@ -197,7 +164,7 @@ class Trainer:
             return
         state = load_checkpoint(path, self.model, self.momentum, self.optimizer, self.ranks)
         self.loader.load_state_dict(state["loader"])
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
         self._say(f"resumed at step {self.step} from {path}")
 
     def save(self) -> None:
@@ -207,36 +174,58 @@ class Trainer:
             self.model,
             self.momentum,
             self.optimizer,
-            {"loader": self.loader.state_dict()},
+            {"loader": {**self.loader.state_dict(), "step": self.step}},  # a stop drops a batch that has come already
             self.ranks,
             keep=self.config.keep_checkpoints,
         )
 
-    def run(self, sinks: Sequence[MetricSink]) -> bool:
-        """Step to config.steps, calling `sinks` every log_every steps. True when done, False after SIGTERM."""
+    def run(self, sinks: Sequence[MetricSink], stop: StopSignals) -> bool:
+        """Step to config.steps, calling `sinks` every log_every steps. True when done, False after a stop signal."""
         config, start = self.config, self.step
         throughput = Throughput(config.steps, start, config.global_batch_size, self.ranks.device)
-        batches = iter(self.loader) if start < config.steps else None
-        with Terminated() as terminated:
-            while batches is not None and self.step < config.steps:
-                with throughput.waiting(), sigterm_held():
-                    batch = next(batches)
-                values, stop = self._take_step(batch, throughput, terminated)
+        batches = iter(self.loader) if start < config.steps else iter(())
+        with stop.noted():
+            while self.step < config.steps:
+                batch = self._next_batch(batches, throughput, stop)
+                # A rank told to stop while it waits for data joins here like those that have theirs: none stands in a
+                # collective of the step, waiting for one that never comes.
+                stop.signum = self.ranks.highest(stop.signum or 0) or None
+                if stop.signum is not None:
+                    self._stop(stop.signum)
+                    return False
+                assert batch is not None
+                values = self._take_step(batch, throughput)
                 self.step += 1
                 done = self.step == config.steps
                 if self.step % config.log_every == 0 or done:
                     values |= throughput.report(self.step)
                     for sink in sinks:
                         sink(self.step, values)
-                if self.step % config.checkpoint_every == 0 or done or stop:
+                if self.step % config.checkpoint_every == 0 or done:
                     self.save()
-                if stop and not done:
-                    self._say(f"SIGTERM: checkpoint of step {self.step} written; continue with --resume")
-                    return False
         return True
 
-    def _take_step(self, batch: Batch, throughput: Throughput, terminated: Terminated) -> tuple[dict[str, float], bool]:
-        """One step on one batch; returns its numbers (means over ranks) and whether a rank was told to stop."""
+    def _next_batch(self, batches: Iterator[Batch], throughput: Throughput, stop: StopSignals) -> Batch | None:
+        """The next batch; None when a stop signal came, which ends the wait for it."""
+        try:
+            with throughput.waiting(), stop.interrupting():
+                return next(batches)
+        except Stopped:
+            return None
+
+    def _stop(self, signum: int) -> None:
+        """Save what no checkpoint holds yet, and say how to continue."""
+        written = self.step > self.saved_step
+        if written:
+            self.save()
+        if self.step == 0:
+            what = "stopped before the first step, nothing to save"
+        else:
+            what = f"checkpoint of step {self.step} {'written' if written else 'is there'}; continue with --resume"
+        self._say(f"{signal_name(signum)}: {what}{restart_note()}")
+
+    def _take_step(self, batch: Batch, throughput: Throughput) -> dict[str, float]:
+        """One step on one batch; returns its numbers, means over ranks."""
         assert batch.step == self.step, f"the loader gave batch {batch.step} at step {self.step}"
         # Dropout and the like, should a model have any: the same in a resumed run.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
@@ -249,7 +238,7 @@ class Trainer:
             losses = self.step_module(batch, features)
             losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm)
-        values, stop = self._gather_numbers(losses, norm, terminated.requested)
+        values = self._gather_numbers(losses, norm)
         self._require_finite(values, losses, batch)
         self.optimizer.step()
         self.model.clamp_logit_scale()
@@ -258,20 +247,23 @@ class Trainer:
             update_momentum(self.model, self.momentum, self.config.objective.ema_momentum)
         return {**values, "learning_rate": rate}, stop
 
-    def _gather_numbers(self, losses: dict[str, Tensor], norm: Tensor, stop: bool) -> tuple[dict[str, float], bool]:
-        """Means over ranks of every loss and of the gradient norm, and whether a rank got SIGTERM: one all-reduce."""
+    def _gather_numbers(self, losses: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+        """Means over ranks of every loss and of the gradient norm: one all-reduce."""
         full_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         numbers = [loss.detach().float().reshape(()) for loss in losses.values()] + [full_norm.float().reshape(())]
-        vector = torch.stack([*numbers, torch.tensor(float(stop), device=self.ranks.device)])
-        *means, stops = self.ranks.mean(vector).tolist()
-        return dict(zip([*losses, "grad_norm"], means, strict=True)), stops > 0
+        means = self.ranks.mean(torch.stack(numbers)).tolist()
+        return dict(zip([*losses, "grad_norm"], means, strict=True))
 
     def _require_finite(self, values: dict[str, float], losses: dict[str, Tensor], batch: Batch) -> None:
+        """Every rank writes its losses and images; the first whose own losses are not finite raises NonFiniteLoss."""
         if all(math.isfinite(value) for value in values.values()):
             return
         path = self.config.run_dir / f"nonfinite_step{self.step}_rank{self.ranks.rank}.json"
         own = {name: float(loss.detach()) for name, loss in losses.items()}
         path.write_text(json.dumps({"step": self.step, "mean": values, "rank": own, "keys": batch.keys}, indent=1))
+        bad = self.ranks.gather(not all(math.isfinite(value) for value in own.values()))
+        if self.ranks.rank != (bad.index(True) if any(bad) else 0):  # gradients alone are the same on all
+            raise PeerFailed(f"step {self.step}: not finite")
         numbers = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
         shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
         raise NonFiniteLoss(
@@ -295,43 +287,55 @@ class Trainer:
             print(text, flush=True)
 
 
-def train(config: RunConfig, ranks: Ranks, *, sinks: Sequence[MetricSink] = ()) -> bool:
-    """Prepare and train; `sinks` are called beside the configured ones. True when done, False when SIGTERM came first.
+def train(
+    config: RunConfig, ranks: Ranks, *, sinks: Sequence[MetricSink] = (), stop: StopSignals | None = None
+) -> bool:
+    """Prepare and train; `sinks` are called beside the configured ones. True when done, False when a stop signal came.
 
-    Raises CannotStart (a ValueError) before the first step, NonFiniteLoss after it. Holds no model when it returns.
+    stop: entered by the caller; None handles signals for the length of the call. Raises CannotStart (a ValueError) or
+    Stopped before the first step, NonFiniteLoss after it. Holds no model when it returns.
     """
-    try:
-        prepared = prepare(config, ranks)
-        trainer = Trainer(prepared, ranks)
-    except (ValueError, OSError) as error:
-        raise CannotStart(str(error)) from error
-    if ranks.is_main:
-        print(trainer.describe(), flush=True)
-        sinks = [*build_sinks(prepared.config, start_step=trainer.step), *sinks]
-    return trainer.run(sinks if ranks.is_main else ())
+    with nullcontext(stop) if stop is not None else StopSignals() as signals:
+        try:
+            prepared = prepare(config, ranks)
+            trainer = Trainer(prepared, ranks)
+        except (ValueError, OSError) as error:
+            raise CannotStart(str(error)) from error
+        ranks.barrier()  # the first step's collectives have a time limit, loading has none
+        if ranks.is_main:
+            print(trainer.describe(), flush=True)
+            if note := single_image_note(prepared.index, config):
+                print(note, flush=True)
+            sinks = [*build_sinks(prepared.config, start_step=trainer.step), *sinks]
+        return trainer.run(sinks if ranks.is_main else (), signals)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and, at the end, evaluate. Returns the exit status: 0, 1 for an error, 143 after SIGTERM."""
-    config = parse(argv)
-    ranks = start_ranks()
-    is_main, device = ranks.is_main, ranks.device
-    try:
-        status = 0 if train(config, ranks) else 128 + signal.SIGTERM
-    except (CannotStart, NonFiniteLoss) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 1
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # the frames hold the models, which must go before the group does
-        raise
-    finally:
-        stop_ranks()
-    if status == 0 and config.evaluate and is_main:
-        from .evaluate.run import evaluate_run
+    """Train and, at the end, evaluate. Returns the exit status: 0, 1 for an error, 128 + N after signal N.
 
-        evaluate_run(config.run_dir, device)
-    return status
+    A run that stopped by request under torchrun --max-restarts ends with 0 too: anything else starts it again.
+    """
+    config = once(lambda: parse(argv))
+    watch, unfinished = None, "stopped before the first step, nothing to save"
+    with StopSignals(repeated_by_launcher=under_torchrun()) as stop:
+        try:
+            watch = find_ranks(timeout=config.rank_timeout_seconds, stop=stop)
+            ranks = start_ranks(watch)
+            done = train(config, ranks, stop=stop)
+            part(ranks)
+            watch = None  # from here on rank 0 is alone
+            if stop.signum is not None and not done:
+                return stopped_status(stop.signum)
+            if config.evaluate and ranks.is_main:
+                unfinished = f"the run is complete, its evaluation is not: python -m eclip.evaluate --checkpoint {config.run_dir}"
+                with stop.interrupting():
+                    from .evaluate.run import evaluate_run
+
+                    evaluate_run(config.run_dir, ranks.device)
+        except BaseException as error:
+            return conclude(error, watch, stop, told=(ValueError, OSError, NonFiniteLoss), stopped=unfinished)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

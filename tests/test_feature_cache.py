@@ -1,7 +1,8 @@
 """The cache of locked towers: same features as the towers, shared between runs, never stale."""
 
 import dataclasses
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from eclip.config import RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.feature_cache import FeatureCache, _cached
+from eclip.feature_cache import FeatureCache, single_image_note
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
 from eclip.presets import PRESETS
 from tests.dataloading.fixtures import jpeg, make_split
+from tests.helpers import rank_environment
 from tests.model.tiny import tiny
 
 TINY = tiny(max_positions=64)
@@ -24,12 +26,17 @@ TINY = tiny(max_positions=64)
 CONFIG = dataclasses.replace(PRESETS["debug"], model=TINY, lock_image=True, lock_text=True, cache_features=True)
 
 
-@pytest.fixture
-def parts(tmp_path: Path) -> tuple[ECLIP, ShardIndex, WordPiece]:
+def make_parts(folder: Path, *, new: bool = True) -> tuple[ECLIP, ShardIndex, WordPiece]:
     torch.manual_seed(0)
-    index = ShardIndex.open(make_split(tmp_path / "data", products=3, images=3, tars=1), "train")
+    data_dir = make_split(folder / "data", products=3, images=3, tars=1) if new else folder / "data"
+    index = ShardIndex.open(data_dir, "train")
     tokenizer = WordPiece.train([index.title(row) for row in range(index.num_images)], 64)
     return ECLIP(dataclasses.replace(TINY, vocab_size=64)).eval(), index, tokenizer
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[ECLIP, ShardIndex, WordPiece]:
+    return make_parts(tmp_path)
 
 
 def _open(
@@ -92,41 +99,135 @@ def test_another_tower_or_another_catalogue_gets_its_own_files(
     assert len(list(folder.glob("images-*.npy"))) == 3
 
 
-def test_an_interrupted_build_leaves_no_half_cache(
+def test_an_interrupted_build_is_continued_and_equal_to_an_unbroken_one(
     tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forward, calls = ImageEncoder.forward, []
+
     def interrupted(self: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
-        raise KeyboardInterrupt
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, images)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ImageEncoder, "forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            _open(tmp_path, parts)
+    unbroken = _open(tmp_path / "unbroken", parts, views=16)
+    monkeypatch.setattr(ImageEncoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _open(tmp_path, parts, views=16)
     assert list(tmp_path.glob("*.npy")) == []
-    assert np.isfinite(_open(tmp_path, parts).images).all()
+    found = _open(tmp_path, parts, views=16)
+    assert calls == [32] * 3 + [32] * 2 + [16]  # two of the five batches were done; the third again, and the rest
+    assert np.array_equal(found.images, unbroken.images) and np.isfinite(found.images).all()
 
 
-def test_two_runs_at_once_fill_the_cache_once(tmp_path: Path) -> None:
-    """The second waits for the first instead of writing into its file."""
-    path, filling, go_on, calls = tmp_path / "x.npy", threading.Event(), threading.Event(), []
+def test_processes_fill_one_cache_together(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+    """Two processes as ranks are, without any collective: same files, same features in both."""
+    code = f"""
+import sys, torch
+from pathlib import Path
+from tests.test_feature_cache import CONFIG, TINY, make_parts, _open
+parts = make_parts(Path({str(tmp_path)!r}), new=False)
+found = _open(Path({str(tmp_path / "features")!r}), parts, views=16)
+print(found.lookup(torch.arange(8).reshape(4, 2), step=3, seed=0).images.sum().item())
+"""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env=rank_environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    alone = _open(tmp_path / "alone", parts, views=16).lookup(torch.arange(8).reshape(4, 2), step=3, seed=0)
+    assert said == [f"{alone.images.sum().item()}\n"] * 2
+    assert [p.suffix for p in sorted((tmp_path / "features").iterdir()) if p.suffix != ".lock"] == [".npy"] * 2
 
-    def fill(out: np.memmap) -> None:
-        calls.append(threading.current_thread().name)
-        filling.set()
-        assert go_on.wait(30)
-        out[:] = 1
 
-    runs = [threading.Thread(target=_cached, args=(path, (2, 3), fill)) for _ in range(2)]
-    runs[0].start()
-    assert filling.wait(30)
-    runs[1].start()
-    runs[1].join(0.5)
-    assert runs[1].is_alive()
-    go_on.set()
-    for run in runs:
-        run.join(30)
-    assert calls == [runs[0].name]
-    assert (np.load(path) == 1).all()
+def test_both_images_of_a_pair_are_never_the_same_view(
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+) -> None:
+    """Of one image, and of an undecodable one that the other stands in for."""
+
+    def image(p: int, i: int) -> bytes:
+        return b"no image" if (p, i) == (1, 1) else jpeg(100 * p + i)
+
+    index = ShardIndex.open(make_split(tmp_path / "bad", products=3, images=3, tars=1, image=image), "train")
+    for views in (2, 3):
+        cache = _open(tmp_path, (parts[0], index, parts[2]), views=views)
+        assert cache.undecodable.keys() == {4}
+        rows = torch.tensor([[0, 0], [5, 5], [3, 4], [4, 3], [0, 1]])
+        for step in range(40):
+            a, b = cache.lookup(rows, step=step, seed=1).images.unbind(1)
+            assert not (a == b).flatten(1).all(1).any(), step
+        firsts = {a.sum().item() for a in (cache.lookup(rows[:1], step=s, seed=1).images[0, 0] for s in range(60))}
+        seconds = {b.sum().item() for b in (cache.lookup(rows[:1], step=s, seed=1).images[0, 1] for s in range(60))}
+        assert firsts == seconds and len(firsts) == views, "every view comes up on both sides"
+
+
+def test_the_choice_of_views_knows_the_column_and_nothing_of_the_batch(
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+) -> None:
+    cache = _open(tmp_path, parts, views=3)
+    rows = torch.tensor([[0, 4], [8, 8], [2, 1], [7, 5]])
+    whole = cache.lookup(rows, step=5, seed=2).images
+    for place in range(4):  # as on four ranks
+        assert torch.equal(cache.lookup(rows[place : place + 1], step=5, seed=2).images[0], whole[place])
+    sides = [cache.lookup(torch.tensor([[0, 4], [4, 0]]), step=step, seed=0).images for step in range(30)]
+    assert any(not torch.equal(pair[0, 0], pair[1, 1]) for pair in sides)
+    assert any(torch.equal(pair[0, 0], pair[1, 1]) for pair in sides)
+
+
+def test_training_is_told_of_products_with_one_image(tmp_path: Path) -> None:
+    index = ShardIndex.open(make_split(tmp_path / "one", products=3, images=1, tars=1), "train")
+    several = ShardIndex.open(make_split(tmp_path / "several", products=3, images=2, tars=1), "train")
+    assert single_image_note(several, CONFIG) is None
+    uncached = dataclasses.replace(CONFIG, cache_features=False)
+    assert single_image_note(index, uncached) == (
+        "3 of 3 products have one image only: two crops of it make their pair"
+    )
+    assert "same to the bit" in str(single_image_note(index, dataclasses.replace(CONFIG, cached_views=1)))
+    assert "two of its 4 cached views" in str(single_image_note(index, dataclasses.replace(CONFIG, cached_views=4)))
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (float("nan"), r"image tower gives NaN or infinity for 9 of 9 at once \(k000/000.jpg, .*, \.\.\.\)"),
+    (float("inf"), "image tower gives NaN or infinity"),
+    (1e5, "k000/000.jpg: the image tower's features reach [0-9]+, more than the 65504 .* --no-cache-features"),
+])  # fmt: skip
+def test_features_that_float16_cannot_hold_are_refused(
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], value: float, message: str
+) -> None:
+    model = parts[0]
+    with torch.no_grad():
+        model.image_encoder.norm.bias.fill_(value)
+    with pytest.raises(ValueError, match=message) as refusal:
+        _open(tmp_path / "features", parts)
+    assert "\n" not in str(refusal.value)
+    assert [p for p in (tmp_path / "features").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_one_bad_image_is_named_alone(
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ImageEncoder.forward
+
+    def one_nan(self: ImageEncoder, images: torch.Tensor) -> torch.Tensor:
+        features = forward(self, images).clone()
+        features[5, 3, 2] = float("nan")
+        return features
+
+    monkeypatch.setattr(ImageEncoder, "forward", one_nan)
+    with pytest.raises(ValueError, match=r"for 1 of 9 at once \(k001/002.jpg\)"):
+        _open(tmp_path / "features", parts)
+
+
+def test_titles_that_are_not_finite_are_named(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+    with torch.no_grad():
+        for parameter in parts[0].text_encoder.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="text tower gives NaN or infinity for .* the title '"):
+        _open(tmp_path / "features", parts)
 
 
 def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
@@ -139,6 +240,9 @@ def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
     cache = _open(tmp_path, (parts[0], index, parts[2]))
     assert "k001/001.jpg" in caplog.text
     assert np.array_equal(cache.images[4], cache.images[3])
+    again = _open(tmp_path, (parts[0], index, parts[2]))
+    assert again.undecodable == cache.undecodable and list(again.undecodable) == [4]
+    assert "not a readable" in again.undecodable[4]
 
 
 def test_only_what_is_locked_is_cached(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
