@@ -1,19 +1,32 @@
 """Ranks: process groups, threads, devices, and sharding with FSDP2 from outside the model.
 
 A run is started by `torchrun` (one process per device) or by plain `python` (one process, no group). On CPU the ranks
-talk through gloo, on GPU through NCCL.
+talk through gloo, on GPU through NCCL. NCCL's collectives are only enqueued by the host, which goes on at once: so host
+work (files, checkpoints, the feature cache) is ordered by a gloo group beside it, and never by a device collective.
 """
 
 import gc
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from .rendezvous import meet
+from .signals import StopSignals
+from .watch import PeerFailed, Watch
+
+T = TypeVar("T")
+
+# Host work of one rank may take hours; Watch, not a timeout, notices that a rank is gone.
+_HOST_TIMEOUT = timedelta(days=1)
 
 # torch 2.13 renamed it; the new name is not in 2.11, which is supported too.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
@@ -33,6 +46,10 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh | None
     """One dimension over all ranks; None when there is one rank."""
+    host_group: dist.ProcessGroup | None = None
+    """gloo over all ranks, for host work: its collectives have waited when they return, also beside NCCL."""
+    watch: Watch | None = None
+    """Signs of life, failures and stops of the others; None when there is one rank."""
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -43,9 +60,47 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every rank. An all-reduce rather than dist.barrier: NCCL's barrier guesses the device."""
-        if self.mesh is not None:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+        """Wait, on the host, until every rank is here; as long as it takes."""
+        if self.host_group is not None:
+            dist.barrier(group=self.host_group)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Let rank 0 call `make`, however long it takes; its result (pickled) on every rank.
+
+        When `make` raises, rank 0 raises that and the others PeerFailed.
+        """
+        if self.host_group is None:
+            return make()
+        if not self.is_main:
+            message: list[tuple[bool, T | None]] = [(False, None)]
+            dist.broadcast_object_list(message, src=0, group=self.host_group)
+            made, result = message[0]
+            if not made:
+                raise PeerFailed("rank 0 failed")
+            return cast(T, result)
+        try:
+            result = make()
+        except Exception:
+            dist.broadcast_object_list([(False, None)], src=0, group=self.host_group)
+            raise
+        dist.broadcast_object_list([(True, result)], src=0, group=self.host_group)
+        return result
+
+    def gather(self, item: T) -> list[T]:
+        """`item` (pickled) of every rank, in rank order, on every rank."""
+        if self.host_group is None:
+            return [item]
+        items: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.host_group)
+        return cast(list[T], items)
+
+    def highest(self, value: int) -> int:
+        """The largest `value` of any rank, by a device collective: faster than the host group's ring of many ranks."""
+        if self.mesh is None:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return int(found)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` over the ranks, in place. A NaN of one rank is a NaN on all."""
@@ -55,9 +110,30 @@ class Ranks:
         return values
 
 
-def start_ranks() -> Ranks:
-    """Join the process group that torchrun announces, or be alone; pick the device and the number of threads."""
+def find_ranks(*, timeout: float, stop: StopSignals | None = None) -> Watch | None:
+    """Meet the ranks that the launcher announces in the environment; None for a process alone.
+
+    timeout: seconds to wait for a silent rank, now and later. stop: learns of stop signals of other ranks, and tells
+    them of its own. Raises ValueError when ranks stay away.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return None
+    meeting = meet(rank, world_size, timeout=timeout)
+    watch = Watch(meeting, rank, timeout=timeout, on_stop=stop.pass_on if stop else _ignore)
+    if stop is not None:
+        stop.on_request = watch.request_stop
+        if stop.signum is not None:  # it came meanwhile
+            watch.request_stop(stop.signum)
+    return watch
+
+
+def _ignore(signum: int) -> None:
+    """A caller that handles no signals has nothing to be told."""
+
+
+def start_ranks(watch: Watch | None) -> Ranks:
+    """Pick the device and the number of threads; join the process groups of the ranks that `find_ranks` found."""
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each start a thread per core are 10x slower (two ranks on two cores). torchrun itself sets 1.
@@ -67,20 +143,27 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    mesh = None
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    return Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh)
+    if watch is None:
+        return Ranks(rank=0, world_size=1, device=device, mesh=None)
+    rank, world_size = watch.rank, len(watch.members)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=watch.timeout)
+    store = dist.PrefixStore("groups", watch.store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+    return Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh, host_group=host_group, watch=watch)
 
 
-def stop_ranks() -> None:
-    """Leave the process group.
+def part(ranks: Ranks) -> None:
+    """Leave the ranks after work that all of them finished: wait for the last one, then leave the process groups.
 
     The caller must have dropped model and optimizer: gloo processes that destroy their group with FSDP modules alive
     abort at exit ("terminate called without an active exception") about two times in five.
     """
+    if ranks.watch is not None:
+        ranks.watch.retire()
+    ranks.barrier()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -29,7 +29,7 @@ from .parallel import Ranks, find_ranks, part, shard, start_ranks
 from .prepare import Prepared, prepare
 from .presets import parse
 from .signals import Stopped, StopSignals, signal_name
-from .torchrun import stopped_status, under_torchrun
+from .torchrun import has_launcher, stopped_status
 from .watch import PeerFailed
 
 
@@ -245,7 +245,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.momentum is not None:
             update_momentum(self.model, self.momentum, self.config.objective.ema_momentum)
-        return {**values, "learning_rate": rate}, stop
+        return {**values, "learning_rate": rate}
 
     def _gather_numbers(self, losses: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
         """Means over ranks of every loss and of the gradient norm: one all-reduce."""
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = once(lambda: parse(argv))
     watch, unfinished = None, "stopped before the first step, nothing to save"
-    with StopSignals(repeated_by_launcher=under_torchrun()) as stop:
+    with StopSignals(repeated_by_launcher=has_launcher()) as stop:
         try:
             watch = find_ranks(timeout=config.rank_timeout_seconds, stop=stop)
             ranks = start_ranks(watch)
@@ -327,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stop.signum is not None and not done:
                 return stopped_status(stop.signum)
             if config.evaluate and ranks.is_main:
-                unfinished = f"the run is complete, its evaluation is not: python -m eclip.evaluate --checkpoint {config.run_dir}"
+                again = f"python -m eclip.evaluate --checkpoint {config.run_dir}"
+                unfinished = f"the run is complete, its evaluation is not; repeat that with {again}"
                 with stop.interrupting():
                     from .evaluate.run import evaluate_run
 

@@ -87,7 +87,7 @@ def test_sigterm_checkpoints_and_resume_repeats_the_unbroken_run(
     data_dir: Path, tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop_after_ten(step: int, values: Mapping[str, float]) -> None:
-        if step == 9:  # arrives between two steps: the tenth is finished, then saved
+        if step == 10:  # arrives between two steps: the eleventh is not begun
             signal.raise_signal(signal.SIGTERM)
 
     # checkpoint_every differs on purpose: the checkpoint at step 10 is SIGTERM's own.

@@ -1,0 +1,129 @@
+"""How a run ends before its end: which line is printed, by which rank, and with which exit status.
+
+Of many ranks the first that fails speaks, in one line, and torchrun's summary ends with that line; the others leave
+without a word, whether they failed in the same way or because that one left.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from .signals import Stopped, StopSignals, signal_name
+from .torchrun import may_restart, stopped_status, write_error_file
+from .watch import PeerFailed, Watch, write_peer_error
+
+T = TypeVar("T")
+
+# What gloo, NCCL and the store say when a peer is gone, in errors of many types.
+_LOST = re.compile(
+    r"gloo/transport|NCCL|nccl|TCPStore|Connection (closed|reset|refused)|Broken pipe|"
+    r"connection (closed|reset)|failed to (send|recv)"
+)
+_TELL_SECONDS = 3.0  # a peer that fails says so before it leaves; this is for a busy machine
+_AGREE_SECONDS = 3.0
+
+
+def conclude(
+    error: BaseException,
+    watch: Watch | None,
+    stop: StopSignals,
+    *,
+    told: tuple[type[BaseException], ...],
+    stopped: str,
+) -> int:
+    """Say once why the run ends; the exit status of this process.
+
+    told: errors whose message says all a user needs. stopped: what a stop signal interrupted. Raises `error` itself
+    when it is neither and this process is alone.
+    """
+    if watch is None:
+        return _conclude_alone(error, told, stopped, speaks=int(os.environ.get("RANK", 0)) == 0)
+    lost = isinstance(error, PeerFailed) or (isinstance(error, Exception) and bool(_LOST.search(str(error))))
+    failure = watch.failure(wait=_TELL_SECONDS if lost else 0)
+    if failure is not None:
+        write_peer_error(failure)
+        return 1
+    if stop.signum is not None and (lost or isinstance(error, Stopped)):
+        if watch.stop_agreed(wait=_AGREE_SECONDS):
+            if watch.rank == 0:
+                print(f"{signal_name(stop.signum)}: {stopped}{restart_note()}", flush=True)
+            return stopped_status(stop.signum)
+        lost = True  # torchrun ends the ranks that are left when one was killed
+    if lost:
+        silent = watch.silent()
+        who = f"{watch.name(silent)} left without a word (killed?)" if silent else f"ranks lost each other: {error}"
+        return _speak(f"error: {_one_line(who)}; the run stops, --resume continues it", watch)
+    if isinstance(error, told):
+        return _speak(f"error: {_one_line(str(error))}", watch)
+    text = "".join(traceback.format_exception(error))
+    return _speak(f"{type(error).__name__}: {_one_line(str(error))}", watch, text)
+
+
+def _conclude_alone(error: BaseException, told: tuple[type[BaseException], ...], stopped: str, *, speaks: bool) -> int:
+    """One process, or ranks that have not found each other."""
+    if isinstance(error, Stopped):
+        if speaks:
+            print(f"{signal_name(error.signum)}: {stopped}{restart_note()}", flush=True)
+        return stopped_status(error.signum)
+    if not isinstance(error, told):
+        raise error
+    line = f"error: {_one_line(str(error))}"
+    write_error_file(line)
+    print(line, file=sys.stderr, flush=True)
+    return 1
+
+
+def _speak(line: str, watch: Watch, text: str | None = None) -> int:
+    """Print `line` (or `text`, a traceback) unless another rank has spoken."""
+    if watch.publish_failure(f"rank {watch.rank}: {line}" if text else line):
+        write_error_file(line, traceback=text)
+        print(text or line, file=sys.stderr, flush=True)
+    elif (failure := watch.failure()) is not None:
+        write_peer_error(failure)
+    return 1
+
+
+def restart_note() -> str:
+    """For the line of a run that stopped by request."""
+    return " (exit status 0, so that torchrun does not start it again)" if may_restart() else ""
+
+
+def once(read: Callable[[], T]) -> T:
+    """Call `read`, which may end the process with a message (SystemExit): of many ranks rank 0 alone prints it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return read()
+    heard, status = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            return read()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        if rank == 0:
+            print(heard.getvalue(), end="", file=sys.stderr if status else sys.stdout, flush=True)
+            if status:
+                write_error_file(heard.getvalue().strip())
+        elif status:
+            time.sleep(_AGREE_SECONDS)  # torchrun ends all ranks with the first that fails: let that be rank 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. After a failure of several ranks at once: a process group whose peers are gone may hang or abort
+    while it is destroyed, and a data worker while it is joined."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)
+    sys.exit(status)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,84 @@
+"""What torchrun tells a rank and wants from it: restarts, the error file behind its summary, the exit status.
+
+Without torchrun every function here has nothing to do and says so by its result.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+_RECORD = "launch.json"
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def has_launcher() -> bool:
+    """Whether torchrun or a queue's own launcher started this process as a rank."""
+    return under_torchrun() or "WORLD_SIZE" in os.environ
+
+
+def may_restart() -> bool:
+    """Whether torchrun answers a failure by starting the ranks again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def stopped_status(signum: int) -> int:
+    """Exit status of a run that stopped by request: 128 + signal as in shells, 0 where torchrun would restart it."""
+    return 0 if may_restart() else 128 + signum
+
+
+def write_error_file(message: str, *, when: float | None = None, traceback: str | None = None) -> None:
+    """Give torchrun the line that its summary ends with: of the rank whose `when` (time.time()) is the earliest."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time() if when is None else when))}
+        if traceback is not None:
+            extra["py_callstack"] = traceback
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+
+
+def mark_begun(run_dir: Path) -> None:
+    """Note in the run folder that this launch began the run there."""
+    if under_torchrun():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / f"{_RECORD}.partial"
+        partial.write_text(json.dumps(_launch()), encoding="utf-8")
+        partial.rename(run_dir / _RECORD)
+
+
+def begun_by_this_launch(run_dir: Path) -> bool:
+    """Whether an earlier attempt of this launch began the run in `run_dir`: a restart has the flags of the first start.
+
+    The launch is the torchrun process; after a restart that a failure caused its run id suffices, because the ranks may
+    have moved to other nodes.
+    """
+    if not under_torchrun():
+        return False
+    try:
+        recorded = json.loads((run_dir / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    mine = _launch()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return recorded == mine or (restarted and recorded.get("run_id") == mine["run_id"])
+
+
+def _launch() -> dict[str, str]:
+    agent = os.getppid()
+    return {
+        "run_id": os.environ["TORCHELASTIC_RUN_ID"],
+        "agent": f"process {agent} on {socket.gethostname()}, started at {_start_time(agent)}",
+    }
+
+
+def _start_time(process: int) -> str:
+    """Clock ticks from boot to the start of a process: with its number it names the process for good."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return "an unknown time"
+    return stat.rpartition(")")[2].split()[19]
