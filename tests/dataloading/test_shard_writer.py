@@ -96,7 +96,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize("limit", [0, 200, 5000, 15_000])
 def test_a_full_disk_leaves_the_old_shards_and_no_part(tmp_path: Path, limit: int) -> None:
-    """Files may not outgrow `limit`: the lock's name, the first buffer, in the middle, at the end mark (10 kB blocks)."""
+    """Files may not outgrow `limit` bytes: the lock's name, the tar's first buffer, its middle, its end (10 kB)."""
     write_shards([product("old")], tmp_path, "train")
     command = [sys.executable, "-c", SMALL_DISK, str(tmp_path), str(limit)]
     done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True)
