@@ -122,7 +122,8 @@ def main() -> int:
     print(f"{counts}, {time.perf_counter() - start:.0f} s")
     for reason, number in outcome.reasons.most_common():
         print(f"  {number} x {reason}")
-    print("\n".join(outcome.faults), outcome.words, sep="\n")
+    for line in filter(None, (*outcome.faults, outcome.words)):
+        print(line)
     return 1 if outcome.faults or outcome.words else 0
 
 
