@@ -14,10 +14,12 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,17 +28,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, pack, schema
+from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer
+from .command import die_with_parent, one_line_errors, say
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
-from .lock import alone
 from .schema import SOURCES, ImageRecord, Product
+from .shard_swap import own, refuse_foreign, replace_shards, require_finished, write_record
+from .shard_writer import Sample, image_name, write_tars
 
 ARCHIVE = Path(__file__).parent / "demo_catalog" / "cc0_products.tar"
 """Views (cropped RGBA WebP, at most 192 px) and products.jsonl."""
 _RECORD = "demo.json"
-_Sample = tuple[Product, list[bytes]]
 _MIN_ASPECT = 0.2
 _FROM_BEHIND = (1, 5, 9)  # positions of the rear views of every SKU: nobody shows the back of a cabinet
 
@@ -127,7 +130,7 @@ def _distractors(plan: _Plan, p: int, title: str, colour: str, count: int, rng: 
     return sprites
 
 
-def _compose_product(plan: _Plan, p: int) -> _Sample:
+def _compose_product(plan: _Plan, p: int) -> Sample:
     """Compose all images of product p and write its record."""
     product = plan.products[p]
     skus = product.skus[: max(1, plan.images_per_product // 2)]
@@ -145,7 +148,7 @@ def _compose_product(plan: _Plan, p: int) -> _Sample:
         data, instances = compose(source, [titled, *others], plan.image_size, rng)
         records.append(
             ImageRecord(
-                file=pack.image_name(number),
+                file=image_name(number),
                 source=source,
                 sku=sku.sku,
                 title=title,
@@ -175,10 +178,12 @@ _plan: _Plan | None = None
 
 def _start_worker(plan: _Plan) -> None:
     global _plan
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    die_with_parent()
     _plan = plan
 
 
-def _work(p: int) -> _Sample:
+def _work(p: int) -> Sample:
     assert _plan is not None
     return _compose_product(_plan, p)
 
@@ -189,7 +194,7 @@ def fingerprint(
     """Hash of the arguments, the archive and the code that composes: equal fingerprints, equal shards."""
     sha = hashlib.sha256(repr((image_size, seed, images_per_product, tuple(distractors), limit)).encode())
     sha.update(ARCHIVE.read_bytes())
-    for module in (demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, pack, schema):
+    for module in (demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer):
         sha.update(Path(str(module.__file__)).read_bytes())
     sha.update(Path(__file__).read_bytes())
     return sha.hexdigest()[:16]
@@ -197,13 +202,13 @@ def fingerprint(
 
 def _up_to_date(data_dir: Path, expected: str) -> bool:
     try:
-        record = json.loads((data_dir / _RECORD).read_text())
-    except (OSError, ValueError):
+        record = json.loads((data_dir / _RECORD).read_text(encoding="utf-8"))
+        if record["fingerprint"] != expected:
+            return False
+        require_finished(data_dir)
+        return all((data_dir / name).stat().st_size == size for name, size in record["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    if not isinstance(record, dict) or record.get("fingerprint") != expected:
-        return False
-    files = [(data_dir / name, size) for name, size in record["files"].items()]
-    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 def _validate(
@@ -240,17 +245,19 @@ def pack_demo(
     fewer than two are left out. distractors: least and most other products in a customer photo. limit: only so many
     products of the catalogue, evenly spaced (for tests). workers: processes, by default one a core; the shards do not
     depend on their number. Like every program that starts processes, a script calling this with more than one worker
-    needs an `if __name__ == "__main__":` guard. Raises ValueError for settings out of range.
+    needs an `if __name__ == "__main__":` guard. Waits while another packing is at work there; shards that it replaces
+    stay until the new ones are complete. Raises ValueError for settings out of range, for a folder that cannot be
+    written or holds tars of another origin, and when the disk is full.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _validate(image_size, images_per_product, distractors, limit, workers)
     expected = fingerprint(image_size, seed, images_per_product, distractors, limit)
     if _up_to_date(data_dir, expected):
         return
-    data_dir.mkdir(parents=True, exist_ok=True)
     plan = _make_plan(image_size, seed, images_per_product, distractors, limit)
-    with alone(data_dir / ".pack.lock"):
+    with own(data_dir, wait=True):
         if not _up_to_date(data_dir, expected):  # another run may have packed while this one waited
+            refuse_foreign(data_dir)
             _pack(data_dir, plan, expected, workers, progress)
 
 
@@ -274,39 +281,34 @@ def _make_plan(
 
 
 def _pack(data_dir: Path, plan: _Plan, expected: str, workers: int, progress: bool) -> None:
-    (data_dir / _RECORD).unlink(missing_ok=True)  # an interrupted run must not look finished
-    files: dict[str, int] = {}
     total = plan.images_per_product * len(plan.products)
-    with (
-        _workers(workers, plan) as compose_all,
-        tqdm(total=total, unit="img", desc="composing", disable=not progress, mininterval=0.5) as bar,
-    ):
-        for split in SPLITS:
-            positions = [p for p, side in enumerate(plan.sides) if side == split]
-            tars = pack.write_shards(_counted(compose_all(positions), bar), data_dir, split)
-            files |= {tar.name: tar.stat().st_size for tar in tars}
-    record = {
-        "fingerprint": expected,
-        "image_size": plan.image_size,
-        "seed": plan.seed,
-        "images_per_product": plan.images_per_product,
-        "distractors": list(plan.distractors),
-        "products": {split: plan.sides.count(split) for split in SPLITS},
-        "files": files,
-    }
-    part = data_dir / f"{_RECORD}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(data_dir / _RECORD)
+    with replace_shards(data_dir) as folder:
+        with (
+            _workers(workers, plan) as compose_all,
+            tqdm(total=total, unit="img", desc="composing", disable=not progress, mininterval=0.5) as bar,
+        ):
+            for split in SPLITS:
+                positions = [p for p, side in enumerate(plan.sides) if side == split]
+                write_tars(_counted(compose_all(positions), bar), folder, split)
+        facts = {
+            "fingerprint": expected,
+            "image_size": plan.image_size,
+            "seed": plan.seed,
+            "images_per_product": plan.images_per_product,
+            "distractors": list(plan.distractors),
+            "products": {split: plan.sides.count(split) for split in SPLITS},
+        }
+        write_record(folder, _RECORD, facts)
 
 
-def _counted(samples: Iterable[_Sample], bar: "tqdm[None]") -> Iterator[_Sample]:
+def _counted(samples: Iterable[Sample], bar: "tqdm[None]") -> Iterator[Sample]:
     for product, images in samples:
         bar.update(len(images))
         yield product, images
 
 
 @contextlib.contextmanager
-def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterable[_Sample]]]:
+def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterable[Sample]]]:
     """Yield a function that composes products in order, here or in `workers` processes."""
     if workers == 1:
         yield lambda positions: (_compose_product(plan, p) for p in positions)
@@ -316,6 +318,10 @@ def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterab
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan,))
     try:
         yield lambda positions: pool.map(_work, positions)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of {workers} composing processes was killed (the machine's memory may be full); try fewer workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -337,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workers", type=int, help="processes, one a core when not given")
     add("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser.prog):
         pack_demo(
             args.out,
             image_size=args.image_size,
@@ -348,11 +354,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             workers=args.workers,
             progress=not args.no_progress,
         )
-    except ValueError as error:
-        parser.error(str(error))
-    record = json.loads((args.out / _RECORD).read_text())
-    counts = ", ".join(f"{split} {n}" for split, n in record["products"].items())
-    print(f"{args.out}: products {counts}; {sum(record['files'].values()) / 2**20:.0f} MiB of shards")
+        record = json.loads((args.out / _RECORD).read_text(encoding="utf-8"))
+        counts = ", ".join(f"{split} {n}" for split, n in record["products"].items())
+        say(f"{args.out}: products {counts}; {sum(record['files'].values()) / 2**20:.0f} MiB of shards")
 
 
 if __name__ == "__main__":

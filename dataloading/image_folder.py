@@ -1,4 +1,4 @@
-"""The images that a table names, found below one folder and encoded by threads: a fault is a Rejection, never an end."""
+"""The images that a table names, below one folder, encoded by threads: a fault is a Rejection, never an end."""
 
 import contextlib
 import os

@@ -4,9 +4,14 @@ import fcntl
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from eclip.dataloading.demo_scenes import MIN_VISIBLE
 from eclip.dataloading.demo_split import SPLITS, near_identical, split_products
 from eclip.dataloading.demo_titles import CatalogProduct, alike, head_noun, names_colour
 from eclip.dataloading.schema import SOURCES, Product
+from tests.helpers import rank_environment
 
 SMALL = {"image_size": 64, "images_per_product": 6, "limit": 24, "workers": 1, "progress": False}
 
@@ -165,30 +171,31 @@ def test_seed_changes_scenes_but_not_the_split(shards: Path, tmp_path: Path) -> 
 def test_skipped_when_up_to_date_and_rebuilt_when_not(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in shards.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
     calls: list[str] = []
 
-    def record_split(products, data_dir, split, **options):
+    def record_split(products, folder, split):
         calls.append(split)
-        return [data_dir / f"{split}-000000.tar"]
+        (folder / f"{split}-000000.tar").write_bytes(b"new")
 
-    monkeypatch.setattr(demo.pack, "write_shards", record_split)
-    demo.pack_demo(tmp_path, **SMALL)
-    assert not calls
-    demo.pack_demo(tmp_path, **{**SMALL, "image_size": 96})  # other settings
-    assert calls == list(SPLITS)
-    for damage in ("tar", "record"):
-        (tmp_path / "demo.json").write_bytes((shards / "demo.json").read_bytes())
-        if damage == "tar":
+    monkeypatch.setattr(demo, "write_tars", record_split)
+    for change in ("nothing", "settings", "longer tar", "lost tar", "broken record", "odd record", "list as record"):
+        for path in shards.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        settings = {**SMALL, "image_size": 96} if change == "settings" else SMALL
+        if change == "longer tar":
             with (tmp_path / "train-000000.tar").open("ab") as tar:
                 tar.write(b"x")
-        else:
-            (tmp_path / "train-000000.tar").write_bytes((shards / "train-000000.tar").read_bytes())
-            (tmp_path / "demo.json").write_text("{")
+        elif change == "lost tar":
+            (tmp_path / "val-000000.tar").unlink()
+        elif change == "odd record":
+            record = json.loads((shards / "demo.json").read_text())
+            (tmp_path / "demo.json").write_text(json.dumps({**record, "files": None}))
+        elif change != "nothing" and change != "settings":
+            (tmp_path / "demo.json").write_text({"broken record": "{", "list as record": "[]"}[change])
         calls.clear()
-        demo.pack_demo(tmp_path, **SMALL)
-        assert calls == list(SPLITS), damage
+        demo.pack_demo(tmp_path, **settings)
+        assert calls == ([] if change == "nothing" else list(SPLITS)), change
+        assert ((tmp_path / "train-000000.tar").read_bytes() == b"new") == (change != "nothing")
 
 
 @pytest.mark.parametrize(
@@ -235,3 +242,62 @@ def test_two_runs_at_once_pack_once(shards: Path, tmp_path: Path) -> None:
     waiting.join(60)
     assert json.loads((folder / "demo.json").read_text()) == record
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == before
+
+
+def test_tars_of_others_are_refused(shards: Path, tmp_path: Path) -> None:
+    shutil.copy(shards / "train-000000.tar", tmp_path)
+    with pytest.raises(ValueError, match=r"train-000000\.tar, which no record"):
+        demo.pack_demo(tmp_path, **SMALL)
+    assert (tmp_path / "train-000000.tar").read_bytes() == (shards / "train-000000.tar").read_bytes()
+
+
+def test_a_stopped_run_leaves_the_shards_of_before(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM while two processes compose: one line, status 143, no process and nothing half done is left."""
+    folder = tmp_path / "out"
+    shutil.copytree(shards, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".pack.lock"}
+    command = [sys.executable, "-m", "eclip.dataloading.demo", "--out", str(folder), "--workers", "2", "--no-progress"]
+    with subprocess.Popen(
+        command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            _wait_for(lambda: list(folder.glob(".packing/*.tar")) or run.poll() is not None)
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            run.send_signal(signal.SIGTERM)
+            out, err = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert run.returncode == 143 and not out, err
+    assert err.count("\n") == 1 and f"{folder}: stopped; what was there before is as it was (SIGTERM)" in err
+    assert len(children) >= 2
+    _wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".pack.lock"} == before
+
+
+def test_composing_processes_die_with_a_killed_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "eclip.dataloading.demo", "--out", str(tmp_path), "--workers", "2"]
+    with subprocess.Popen(
+        command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        try:
+            _wait_for(lambda: list(tmp_path.glob(".packing/*.tar")) or run.poll() is not None)
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        finally:
+            run.kill()
+    assert len(children) >= 2
+    _wait_for(lambda: not any(_composes(child) for child in children))
+
+
+def _composes(process: str) -> bool:
+    """Whether it is one of the pool: multiprocessing's tracker ends by itself, when its pipe does."""
+    try:
+        return b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _wait_for(event: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not event():
+        assert time.monotonic() < end
+        time.sleep(0.02)
