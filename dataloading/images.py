@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class OpenedImage:
         return (height, width) if self.orientation >= 5 else (width, height)
 
 
-def open_image(data: bytes, formats: Sequence[str] = STORED) -> OpenedImage:
+def open_image(data: bytes, formats: tuple[str, ...] = STORED) -> OpenedImage:
     """Parse the header of an image's bytes. Raises CorruptImageError, for more than MAX_PIXELS too."""
     if not data:
         raise CorruptImageError("empty file")
