@@ -287,12 +287,13 @@ class RunConfig:
             f"lower --max-tokens or raise --max-positions",
         )
 
-    def check_files(self) -> None:
+    def check_files(self, *, resumed: bool = False) -> None:
         """Raise ValueError for a file that a flag names and that is not there: before training, not in its middle.
 
-        Not part of construction: a finished run is also opened on machines that hold only its run folder.
+        Not part of construction: a finished run is also opened on machines that hold only its run folder. resumed: the
+        run folder has the weights and the vocabulary, the files need not be there any more.
         """
-        for name in ("image_weights", "text_weights", "vocab_file"):
+        for name in () if resumed else ("image_weights", "text_weights", "vocab_file"):
             path = getattr(self, name)
             hint = ""
             if self.preset == "demo_towers":

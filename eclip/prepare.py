@@ -1,18 +1,37 @@
-"""What happens before training: every check that can fail, the data, the tokenizer, the run folder."""
+"""What happens before training: every check that can fail, the data, the tokenizer, and last the run folder.
+
+`prepare` reads and checks, and takes the run folder for itself; the trainer is built and, on --resume, the checkpoint
+loaded; only then `Prepared.commit` writes to the folder. A start that is refused anywhere leaves it as it was.
+"""
 
 import dataclasses
-import shutil
-from dataclasses import dataclass
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, newest_checkpoint, read_config
+from .checkpoint_files import Found, find_checkpoint, list_checkpoints, set_aside
 from .config import RunConfig
 from .dataloading.demo import pack_demo
 from .dataloading.shards import ShardIndex
 from .dataloading.text import WordPiece
+from .files import writing
 from .metrics import check_packages
 from .parallel import Ranks
-from .presets import PRESETS
+from .presets import DISPOSABLE_RUNS, PRESETS
+from .resume_rules import describe_changes, require_same_run
+from .run_folder import (
+    check_usable,
+    install,
+    own,
+    read_config,
+    read_data_record,
+    read_tokenizer,
+    refuse_busy,
+)
+from .torchrun import begun_by_this_launch, mark_begun
 
 PACKED_PRESETS = ("demo", "demo_towers", "debug")
 """Presets whose own data folder is filled from the embedded catalogue."""
@@ -23,40 +42,67 @@ class Prepared:
     """What `prepare` checked and built."""
 
     config: RunConfig
-    """With model.vocab_size set from the tokenizer."""
+    """With model.vocab_size set from the tokenizer and data.data_dir absolute."""
     index: ShardIndex
     tokenizer: WordPiece
+    checkpoint: Found | None = None
+    """Where --resume continues."""
+    notes: tuple[str, ...] = ()
+    """Lines to print."""
+    data_record: dict[str, Any] = field(default_factory=dict)
+    """data.json: the folder, and the fingerprint of each split that is there."""
+
+    def commit(self, ranks: Ranks) -> None:
+        """Write config.json, data.json and the tokenizer; a new run replaces an earlier one's files. All ranks call it.
+
+        Raises CannotWrite.
+        """
+        ranks.from_main(self._write)
+
+    def _write(self) -> None:
+        run_dir, resumed = self.config.run_dir, self.checkpoint is not None
+        tokenizer = None if resumed else self.tokenizer
+        install(run_dir, self.config, self.data_record, tokenizer, replace=not resumed)
+        if self.checkpoint is not None:
+            with writing(run_dir):
+                set_aside(self.checkpoint.damaged)
+        mark_begun(run_dir)
 
 
-def prepare(config: RunConfig, ranks: Ranks) -> Prepared:
-    """Find what is missing or contradictory, pack the embedded catalogue, get the tokenizer, save config.json.
+def prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
+    """Find what is missing or contradictory, pack the embedded catalogue, get the tokenizer, own the run folder.
 
-    Rank 0 writes, the others wait and read. Raises ValueError before training for missing files or packages, data that
-    cannot be read, a batch that does not divide, a run folder in use, a resume under other settings.
+    hold: its exit lets another run have the folder, in which nothing but the lock is written here. Raises ValueError
+    for missing files or packages, data that cannot be read, a batch that does not divide, a run folder in use or of
+    another program, a resume under other settings, of a damaged run or with nothing left to do.
     """
-    config.check_files()
     check_packages(config)
     _check_batch(config, ranks)
-    if ranks.is_main:
-        _check_run_dir(config)
-        _pack_embedded_catalogue(config)
-    ranks.barrier()
+    # A restart by torchrun has the flags of the first start, which may have been a new run.
+    resume = ranks.from_main(lambda: config.resume or begun_by_this_launch(config.run_dir))
+    return _prepare(dataclasses.replace(config, resume=resume), ranks, hold)
+
+
+def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
+    saved = ranks.from_main(lambda: _check_run_dir(config))
+    resumed = saved is not None
+    config.check_files(resumed=resumed)
+    ranks.from_main(lambda: _pack_embedded_catalogue(config))
+    config = _absolute(config)
     index = ShardIndex.open(config.data.data_dir, "train")
-    if config.evaluate:
-        try:
-            ShardIndex.open(config.data.data_dir, "test")
-        except ValueError as error:
-            raise ValueError(f"{error}; or train with --no-evaluate") from error
-    tokenizer_dir = config.run_dir / "tokenizer"
-    if ranks.is_main and not (config.resume and tokenizer_dir.is_dir()):
-        make_tokenizer(config, index).save(tokenizer_dir)
-    ranks.barrier()
-    tokenizer = WordPiece.load(tokenizer_dir)
+    record, notes = ranks.from_main(lambda: _data_record(config, index))
+    checkpoint = None
+    if saved is not None:
+        notes += ranks.from_main(lambda: _check_same_data(config, record))
+        checkpoint = find_checkpoint(config.run_dir, ranks)
+        assert checkpoint is not None
+        notes += _describe_resume(_absolute(saved), config, checkpoint)
+    tokenizer = ranks.from_main(lambda: _tokenizer(config, index, checkpoint))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
-    if ranks.is_main:
-        _save_config(config)
-    ranks.barrier()
-    return Prepared(config=config, index=index, tokenizer=tokenizer)
+    ranks.from_main(lambda: _take_folder(config, checkpoint, hold))
+    return Prepared(
+        config=config, index=index, tokenizer=tokenizer, checkpoint=checkpoint, notes=notes, data_record=record
+    )
 
 
 def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
@@ -80,39 +126,111 @@ def _check_batch(config: RunConfig, ranks: Ranks) -> None:
         )
 
 
-def _check_run_dir(config: RunConfig) -> None:
-    """Refuse to mix two runs in one folder; empty it when told to."""
+def _check_run_dir(config: RunConfig) -> RunConfig | None:
+    """Refuse to mix two runs in one folder; the settings of the run that --resume continues. Changes nothing."""
     run_dir = config.run_dir
+    check_usable(run_dir)
+    refuse_busy(run_dir)
     if config.resume:
-        if newest_checkpoint(run_dir) is not None:
-            _require_same(read_config(run_dir), config)
-        return
-    if list_checkpoints(run_dir) and not config.overwrite:
+        if not list_checkpoints(run_dir):
+            return None
+        saved = read_config(run_dir)
+        require_same_run(saved, config)
+        return saved
+    if list_checkpoints(run_dir) and not _replaces(config):
         raise ValueError(
             f"{run_dir} holds the checkpoints of an earlier run; continue it with --resume, replace it with "
             f"--overwrite, or choose another --run-dir"
         )
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
-    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    return None
 
 
-def _require_same(saved: RunConfig, config: RunConfig) -> None:
-    """A resumed run keeps what its weights and its data order depend on."""
-    old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
-    old["model"].pop("vocab_size")  # set from the tokenizer, which the run folder keeps
-    new["model"].pop("vocab_size")
-    for name in ("model", "seed", "global_batch_size"):
-        if old[name] != new[name]:
-            raise ValueError(
-                f"--resume with another {name}: the run has {_difference(old[name], new[name])}, the flags give "
-                f"{_difference(new[name], old[name])}; use the flags of the first start or another --run-dir"
-            )
+def _take_folder(config: RunConfig, checkpoint: Found | None, hold: ExitStack) -> None:
+    """Own the run folder, and find in it what was checked: another run may have had it since."""
+    hold.enter_context(own(config.run_dir))
+    found = list_checkpoints(config.run_dir)
+    checked = [] if checkpoint is None else [checkpoint.path, *reversed(checkpoint.damaged)]
+    newest = found[-len(checked) :] if checked else found
+    if newest != checked and not _replaces(config):
+        raise ValueError(f"{config.run_dir}: another run wrote checkpoints there meanwhile; start again")
 
 
-def _difference(one: Any, other: Any) -> Any:
-    """What `one` has that `other` has not, for dicts; else `one`."""
-    return {k: v for k, v in one.items() if v != other[k]} if isinstance(one, dict) else one
+def _replaces(config: RunConfig) -> bool:
+    """Whether a start may delete an earlier run."""
+    disposable = config.run_dir.resolve() in [folder.resolve() for folder in DISPOSABLE_RUNS]
+    return not config.resume and (config.overwrite or disposable)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """config.json is read from other folders than the one that training was started in."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=config.data.data_dir.resolve()))
+
+
+def _data_record(config: RunConfig, index: ShardIndex) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """data.json, and notes on splits that are there and cannot be read. --evaluate needs the test split."""
+    fingerprints, notes = {"train": index.fingerprint}, []
+    for split in ("val", "test"):
+        try:
+            fingerprints[split] = ShardIndex.open(config.data.data_dir, split).fingerprint
+        except ValueError as error:
+            if split == "test" and config.evaluate:
+                raise ValueError(f"{error}; or train with --no-evaluate") from error
+            if list(config.data.data_dir.glob(f"{split}-*.tar")):
+                notes.append(f"the {split} split is not recorded: {error}")
+    return {"data_dir": str(config.data.data_dir), "fingerprints": fingerprints}, tuple(notes)
+
+
+def _check_same_data(config: RunConfig, record: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse to resume on another catalogue; notes on other splits that changed."""
+    begun = read_data_record(config.run_dir)
+    if begun is None:  # the loader's state in the checkpoint knows the train split too
+        return ()
+    old, new = begun["fingerprints"], record["fingerprints"]
+    if old.get("train") != new["train"]:
+        raise ValueError(
+            f"{config.data.data_dir}: its train split is not the one that {config.run_dir} began with (fingerprint "
+            f"{new['train']}, the run's is {old.get('train')}, of {begun.get('data_dir')}); give its --data-dir, or "
+            f"another --run-dir"
+        )
+    return tuple(
+        f"the {split} split is not the one that the run began with (fingerprint {old[split]} -> {new[split]})"
+        for split in ("val", "test")
+        if split in old and split in new and old[split] != new[split]
+    )
+
+
+def _describe_resume(saved: RunConfig, config: RunConfig, checkpoint: Found) -> tuple[str, ...]:
+    """Lines about a resume. Raises ValueError when more steps are done than asked for."""
+    done, steps = checkpoint.state["step"], config.steps
+    if done > steps:
+        raise ValueError(
+            f"{config.run_dir}: {done} steps are done, --steps {steps} asks for fewer: nothing is left to train; give "
+            f"--steps above {done}, or evaluate it (python -m eclip.evaluate --checkpoint {config.run_dir})"
+        )
+    lines = [describe_changes(saved, config), f"all {steps} steps are done" if done == steps else None]
+    return tuple(line for line in lines if line is not None)
+
+
+def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -> WordPiece:
+    """A new run's tokenizer, or the resumed run's own."""
+    if checkpoint is None:
+        return make_tokenizer(config, index)
+    kept = read_tokenizer(config.run_dir, checkpoint.state.get("tokenizer"))
+    given = config.vocab_file is not None and config.vocab_file.is_file()
+    if given and _vocabulary(make_tokenizer(config, index)) != _vocabulary(kept):
+        raise ValueError(
+            f"--vocab-file {config.vocab_file}: not the vocabulary that {config.run_dir} was trained with; give the "
+            f"same one or none"
+        )
+    return kept
+
+
+def _vocabulary(tokenizer: WordPiece) -> tuple[Any, Any]:
+    """Pieces and their ids, and how text is normalised."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        record = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    return record["model"]["vocab"], record["normalizer"]
 
 
 def _pack_embedded_catalogue(config: RunConfig) -> None:
@@ -125,10 +243,3 @@ def _pack_embedded_catalogue(config: RunConfig) -> None:
             images_per_product=data.demo_images_per_product,
             limit=data.demo_products,
         )
-
-
-def _save_config(config: RunConfig) -> None:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    partial = config.run_dir / "config.json.partial"
-    partial.write_text(config.to_json())
-    partial.rename(config.run_dir / "config.json")

@@ -8,12 +8,12 @@ are pure functions of (seed, step): a resumed run repeats an unbroken one, and r
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
@@ -78,13 +78,16 @@ def use_bf16(config: RunConfig, ranks: Ranks) -> bool:
     return config.bf16 and ranks.device.type == "cuda"
 
 
-def build_model(config: RunConfig) -> ECLIP:
-    """The model on CPU, the same on every rank: seeded, pretrained towers loaded, what does not train locked."""
+def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
+    """The model on CPU, the same on every rank: seeded, pretrained towers loaded, what does not train locked.
+
+    pretrained: False leaves the towers' files alone, for a model that a checkpoint fills.
+    """
     torch.manual_seed(config.seed)
     model = ECLIP(config.model)
-    if config.image_weights is not None:
+    if pretrained and config.image_weights is not None:
         load_image_weights(model.image_encoder, config.image_weights)
-    if config.text_weights is not None:
+    if pretrained and config.text_weights is not None:
         load_text_weights(model.text_encoder, config.text_weights)
     if config.lock_image:
         model.image_encoder.requires_grad_(False)
@@ -139,7 +142,11 @@ class Trainer:
 
     def __init__(self, prepared: Prepared, ranks: Ranks) -> None:
         self.prepared, self.config, self.ranks = prepared, prepared.config, ranks
-        self.model = build_model(self.config).to(ranks.device)
+        checkpoint = prepared.checkpoint
+        model = build_model(self.config, pretrained=checkpoint is None)
+        if checkpoint is not None and self.config.cache_features:
+            load_locked_towers(checkpoint.path, model)  # the cache is that of the run's towers
+        self.model = model.to(ranks.device)
         self.cache = open_cache(self.model, prepared, ranks)
         eclip = self.config.objective.objective == "eclip"
         self.momentum = make_momentum(self.model) if eclip else None
@@ -154,18 +161,17 @@ class Trainer:
         self.loader = make_loader(prepared, ranks)
         self.step = self.saved_step = 0
         """Steps done, and those of them that the newest checkpoint holds."""
-        if self.config.resume:
-            self._resume()
-
-    def _resume(self) -> None:
-        path = newest_checkpoint(self.config.run_dir)
-        if path is None:
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint.path, self.model, self.momentum, self.optimizer, ranks)
+            self.loader.load_state_dict(state["loader"])
+            self.step = self.saved_step = state["step"]
+        prepared.commit(ranks)
+        if checkpoint is not None:
+            self._say(f"resumed at step {self.step} from {checkpoint.path}")
+        elif self.config.resume:
             self._say(f"--resume: no checkpoint in {self.config.run_dir}, starting at step 0")
-            return
-        state = load_checkpoint(path, self.model, self.momentum, self.optimizer, self.ranks)
-        self.loader.load_state_dict(state["loader"])
-        self.step = self.saved_step = state["step"]
-        self._say(f"resumed at step {self.step} from {path}")
+        for note in prepared.notes:
+            self._say(note)
 
     def save(self) -> None:
         save_checkpoint(
@@ -295,9 +301,9 @@ def train(
     stop: entered by the caller; None handles signals for the length of the call. Raises CannotStart (a ValueError) or
     Stopped before the first step, NonFiniteLoss after it. Holds no model when it returns.
     """
-    with nullcontext(stop) if stop is not None else StopSignals() as signals:
+    with nullcontext(stop) if stop is not None else StopSignals() as signals, ExitStack() as hold:
         try:
-            prepared = prepare(config, ranks)
+            prepared = prepare(config, ranks, hold)
             trainer = Trainer(prepared, ranks)
         except (ValueError, OSError) as error:
             raise CannotStart(str(error)) from error
@@ -334,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                     evaluate_run(config.run_dir, ranks.device)
         except BaseException as error:
-            return conclude(error, watch, stop, told=(ValueError, OSError, NonFiniteLoss), stopped=unfinished)
+            with stop.noted():
+                return conclude(error, watch, stop, told=(ValueError, OSError, NonFiniteLoss), stopped=unfinished)
     return 0
 
 

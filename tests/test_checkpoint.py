@@ -1,19 +1,31 @@
 """Saving and loading: everything comes back, nothing half-written is taken, misfits are named."""
 
 import dataclasses
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from eclip.checkpoint import list_checkpoints, load_checkpoint, load_run, newest_checkpoint, save_checkpoint
+from eclip.checkpoint import load_checkpoint, load_run, save_checkpoint
+from eclip.checkpoint_files import find_checkpoint, list_checkpoints, set_aside
 from eclip.config import OptimConfig
 from eclip.dataloading.text import WordPiece
+from eclip.files import CannotWrite
 from eclip.model.eclip import ECLIP
 from eclip.momentum import make_momentum, update_momentum
 from eclip.optim import build_optimizer
 from eclip.parallel import Ranks
 from eclip.presets import PRESETS
+from tests.helpers import run_torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CONFIG = PRESETS["debug"].model
@@ -46,11 +58,19 @@ def trained() -> Run:
     return run
 
 
+def _newest(run_dir: Path) -> Path | None:
+    found = find_checkpoint(run_dir)
+    return found and found.path
+
+
 def test_everything_comes_back(trained: Run, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 2, *trained, {"loader": {"step": 2}}, ALONE)
-    assert path == newest_checkpoint(tmp_path)
+    assert path == _newest(tmp_path)
     other = _new(1)
-    assert load_checkpoint(path, *other, ALONE) == {"step": 2, "world_size": 1, "loader": {"step": 2}}
+    state = load_checkpoint(path, *other, ALONE)
+    assert {name: state[name] for name in ("step", "world_size", "loader")} == {
+        "step": 2, "world_size": 1, "loader": {"step": 2},
+    }  # fmt: skip
     for one, two in zip(trained[:2], other[:2], strict=True):
         for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
@@ -77,16 +97,231 @@ def test_shared_towers_are_stored_once(trained: Run, tmp_path: Path) -> None:
 
 
 def test_only_complete_checkpoints_count_and_old_ones_go(trained: Run, tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
+    assert _newest(tmp_path) is None
     for step in (2, 10, 100):
         save_checkpoint(tmp_path, step, *trained, {}, ALONE, keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000100"]
-    for name in ("step_00000200.partial", "step_00000300", "step_tmp"):
+    for name in ("step_00000200.partial", "step_00000300", "step_00000400.damaged", "step_tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000100"
+    assert _newest(tmp_path) == tmp_path / "checkpoints" / "step_00000100"
     # The same step again replaces the old one.
     save_checkpoint(tmp_path, 100, *trained, {"again": True}, ALONE)
     assert load_checkpoint(tmp_path / "checkpoints" / "step_00000100", *_new(1), ALONE)["again"]
+    assert (tmp_path / "checkpoints" / "step_00000010").is_dir()  # what is newer and not whole does not count
+
+
+def _flip(path: Path, at: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": ("__0_0.distcp", lambda p: os.truncate(p, p.stat().st_size - 1), r"bytes, \d+ were written"),
+    "emptied": ("__0_0.distcp", lambda p: os.truncate(p, 0), r"0 bytes, \d+ were written"),
+    "grown": ("__0_0.distcp", lambda p: os.truncate(p, p.stat().st_size + 512), r"bytes, \d+ were written"),
+    "bit": ("__0_0.distcp", _flip, "its bytes are not those that were written"),
+    "zeros": ("__0_0.distcp", lambda p: p.write_bytes(bytes(p.stat().st_size)), "its bytes are not those"),
+    "gone": ("__0_0.distcp", Path.unlink, "missing"),
+    "metadata emptied": (".metadata", lambda p: os.truncate(p, 0), r"0 bytes, \d+ were written"),
+    "metadata bit": (".metadata", _flip, "its bytes are not those"),
+    "metadata gone": (".metadata", Path.unlink, "missing"),
+    "state gone": ("state.json", Path.unlink, "missing"),
+    "state truncated": ("state.json", lambda p: os.truncate(p, p.stat().st_size // 2), "cannot be read"),
+    "state emptied": ("state.json", lambda p: os.truncate(p, 0), "cannot be read"),
+    "state no text": ("state.json", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
+    "state a list": ("state.json", lambda p: p.write_text("[]"), "holds no step"),
+    "state's step": (
+        "state.json", lambda p: p.write_text(p.read_text().replace('"step": 2', '"step": 3')), "its text is not",
+    ),
+    "state without digest": (
+        "state.json", lambda p: p.write_text(re.sub(', "digest": "[0-9a-f]+"', "", p.read_text())), "digest is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        save_checkpoint(folder, step, *trained, {}, ALONE)
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    name, harm, words = DAMAGE[kind]
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    first, second = list_checkpoints(run_dir)
+    harm(second / name)
+    found = find_checkpoint(run_dir)
+    assert found is not None
+    assert (found.path, found.damaged) == (first, (second,))
+    (record,) = caplog.records
+    assert re.fullmatch(f"damaged checkpoint: {second / name}: .*{words}.*; {first} is taken instead", record.message)
+    harm(first / name) if "step" not in kind else shutil.rmtree(first)
+    with pytest.raises(ValueError, match=rf"no checkpoint is whole \(.*{words}.*--overwrite") as error:
+        find_checkpoint(run_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_set_aside_checkpoints_do_not_count(two_checkpoints: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    first, second = list_checkpoints(run_dir)
+    for _ in range(2):  # a later one of the same step replaces it
+        set_aside([second])
+        assert list_checkpoints(run_dir) == [first]
+        shutil.copytree(first, second)
+    assert sorted(p.name for p in first.parent.iterdir()) == [first.name, second.name, f"{second.name}.damaged"]
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_or_named(two_checkpoints: Path, tmp_path: Path) -> None:
+    """It has no digests: what is wrong with it shows when it is read, in one line."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    shutil.rmtree(list_checkpoints(run_dir)[0])
+    (path,) = list_checkpoints(run_dir)
+    (path / "state.json").write_text(json.dumps({"step": 2, "world_size": 1}))
+    assert _newest(run_dir) == path
+    assert load_checkpoint(path, *_new(1), ALONE)["step"] == 2
+    whole = (path / "__0_0.distcp").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", bytes(len(whole))):
+        (path / "__0_0.distcp").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path}: cannot be read .*; remove the folder"):
+            load_checkpoint(path, *_new(1), ALONE)
+    (path / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"\.metadata: cannot be read .*; remove the folder"):
+        load_checkpoint(path, *_new(1), ALONE)
+
+
+@contextmanager
+def _limit_file_size(limit: int) -> Iterator[None]:
+    """As on a full disk: writing beyond `limit` bytes of a file fails (EFBIG; Python ignores the signal)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [0, 64, 20_000])
+def test_a_full_disk_keeps_the_checkpoints_that_are_there(
+    two_checkpoints: Path, tmp_path: Path, trained: Run, limit: int
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    before = _contents(run_dir)
+    with (
+        _limit_file_size(limit),
+        pytest.raises(CannotWrite, match="step_00000003.partial.* cannot be written") as error,
+    ):
+        save_checkpoint(run_dir, 3, *trained, {}, ALONE, keep=1)
+    assert "\n" not in str(error.value)
+    assert _contents(run_dir) == before
+    save_checkpoint(run_dir, 3, *trained, {}, ALONE, keep=1)
+    assert [p.name for p in list_checkpoints(run_dir)] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("place", ["state.json", "mkdir", "rename"])
+def test_a_disk_that_fills_at_the_end(
+    two_checkpoints: Path, tmp_path: Path, trained: Run, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    before = _contents(run_dir)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(method: Any, name: str) -> Any:
+        def run(self: Path, *args: Any, **options: Any) -> Any:
+            if name in self.name:
+                raise full
+            return method(self, *args, **options)
+
+        return run
+
+    patched = {"state.json": "open", "mkdir": "mkdir", "rename": "rename"}[place]
+    monkeypatch.setattr(Path, patched, fail(getattr(Path, patched), "state.json" if place == "state.json" else "step_"))
+    with pytest.raises(CannotWrite, match="No space left on device.*free some space"):
+        save_checkpoint(run_dir, 3, *trained, {}, ALONE, keep=1)
+    monkeypatch.undo()
+    assert _contents(run_dir) == before
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+RANKS = r"""
+import gc, os, resource, sys
+from pathlib import Path
+import torch
+from eclip.checkpoint import load_checkpoint, save_checkpoint
+from eclip.checkpoint_files import find_checkpoint, list_checkpoints, set_aside
+from eclip.config import OptimConfig
+from eclip.files import CannotWrite
+from eclip.model.eclip import ECLIP
+from eclip.optim import build_optimizer
+from eclip.parallel import find_ranks, part, shard, start_ranks
+from eclip.presets import PRESETS
+
+run_dir = Path(sys.argv[1])
+ranks = start_ranks(find_ranks(timeout=60))
+
+class Root(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x):
+        return self.model.encode_image(x).cls.square().mean() * self.model.scale()
+
+torch.manual_seed(0)
+root = Root(ECLIP(PRESETS["debug"].model))
+shard(root, ranks.mesh)
+optimizer = build_optimizer(root.model, OptimConfig())
+root(torch.randn(2, 3, 32, 32)).backward()
+optimizer.step()
+root.model.clamp_logit_scale()
+for step in (1, 2):
+    save_checkpoint(run_dir, step, root.model, None, optimizer, {}, ranks)
+# One rank's disk is full: every rank learns of it, nobody waits.
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+if ranks.rank == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+try:
+    save_checkpoint(run_dir, 3, root.model, None, optimizer, {}, ranks)
+except CannotWrite as error:
+    refusal = error
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+print(f"rank {ranks.rank} refused: {refusal}\n", end="", flush=True)
+ranks.barrier()
+assert [p.name for p in list_checkpoints(run_dir)] == ["step_00000001", "step_00000002"]
+# Damage in rank 1's file is seen by all.
+if ranks.is_main:
+    with open(run_dir / "checkpoints/step_00000002/__1_0.distcp", "r+b") as file:
+        file.seek(2000)
+        file.write(b"damage")
+ranks.barrier()
+found = find_checkpoint(run_dir, ranks)
+names = [p.name for p in found.damaged]
+print(f"rank {ranks.rank} found {found.path.name}, damaged {names}\n", end="", flush=True)
+assert load_checkpoint(found.path, root.model, None, optimizer, ranks)["world_size"] == 2
+del root, optimizer
+gc.collect()
+part(ranks)
+"""
+
+
+def test_ranks_agree_on_failures_and_on_what_is_whole(tmp_path: Path) -> None:
+    output = run_torchrun(RANKS, str(tmp_path))
+    for rank in (0, 1):
+        assert re.search(rf"rank {rank} refused: .*step_00000003.partial: cannot be written \(.*File too large", output)
+        assert f"rank {rank} found step_00000001, damaged ['step_00000002']" in output
+    assert output.count("damaged checkpoint: ") == 1
 
 
 def test_misfit_is_named(trained: Run, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 
 import eclip.prepare
 import eclip.train
-from eclip.checkpoint import list_checkpoints, load_run
+from eclip.checkpoint import load_run
+from eclip.checkpoint_files import list_checkpoints
 from eclip.config import RunConfig
 from eclip.dataloading.pack import write_shards
 from eclip.dataloading.schema import ImageRecord, Product
@@ -201,7 +202,7 @@ def test_refusals_before_training(data_dir: Path, tmp_path: Path, straight: Path
     with pytest.raises(CannotStart, match="another seed"):
         train(_config(data_dir, straight, resume=True, seed=1), ALONE)
     wider = dataclasses.replace(PRESETS["debug"].model, decoder_depth=2)
-    with pytest.raises(CannotStart, match=r"another model.*'decoder_depth': 1.*'decoder_depth': 2"):
+    with pytest.raises(CannotStart, match=r"another decoder_depth .the run has 1, the flags give 2"):
         train(_config(data_dir, straight, resume=True, model=wider), ALONE)
 
 
