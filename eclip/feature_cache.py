@@ -28,7 +28,8 @@ from eclip.dataloading.pipeline import CorruptImageError, decode_crop, decode_sq
 from eclip.dataloading.sampling import hash64, random_crop
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.feature_file import Filling, Notes
+from eclip.feature_disk import Notes
+from eclip.feature_file import Filling
 from eclip.model.eclip import ECLIP
 from eclip.objectives import CachedFeatures
 

@@ -30,15 +30,23 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from eclip.feature_disk import (
+    DTYPE,
+    Notes,
+    allocate,
+    append_notes,
+    byte_lock,
+    damage,
+    in_bytes,
+    read_notes,
+    write_all,
+)
+from eclip.files import sync_folder
+
 log = logging.getLogger(__name__)
 
-Notes = dict[int, str]
-"""Item -> what is to be said about it."""
-
-_DTYPE = np.dtype(np.float16)
 _PART_BYTES = 64 << 20  # a kill costs at most one part of each process; a sync of 64 MB takes a disk less than a second
 _LEAST_PARTS = 64  # so that several processes share a small array too
-_PROBES, _PROBED_VALUES = 1024, 1024  # items, values of each
 _IN_PROCESS = threading.Lock()  # record locks belong to a process: its threads take turns
 
 
@@ -88,7 +96,7 @@ class Filling:
 
     def notes(self) -> Notes:
         """The notes of the whole array, by item."""
-        return _read_notes(self._beside("notes.jsonl"))
+        return read_notes(self._beside("notes.jsonl"))
 
     def _whole(self) -> np.memmap | None:
         with self._told():
@@ -113,7 +121,7 @@ class Filling:
 
     @cached_property
     def _items_per_part(self) -> int:
-        item = int(np.prod(self.shape[1:])) * _DTYPE.itemsize
+        item = int(np.prod(self.shape[1:])) * DTYPE.itemsize
         batches = -(-self.shape[0] // self.batch)
         return self.batch * max(1, min(batches // _LEAST_PARTS, _PART_BYTES // (item * self.batch)))
 
@@ -124,7 +132,7 @@ class Filling:
     @cached_property
     def _array_header(self) -> bytes:
         stream = io.BytesIO()
-        fields = {"descr": _DTYPE.str, "fortran_order": False, "shape": self.shape}
+        fields = {"descr": DTYPE.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(stream, fields)
         return stream.getvalue()
 
@@ -135,7 +143,7 @@ class Filling:
 
     @property
     def _size(self) -> int:
-        return len(self._array_header) + int(np.prod(self.shape)) * _DTYPE.itemsize
+        return len(self._array_header) + int(np.prod(self.shape)) * DTYPE.itemsize
 
     def _is_started(self) -> bool:
         """Whether an array of these settings is there to be continued."""
@@ -154,21 +162,21 @@ class Filling:
 
     def _start(self) -> None:
         """Allocate the array; the record comes last."""
-        partial, record = self._beside("partial"), self._beside("progress")
+        partial, record, unready = (self._beside(name) for name in ("partial", "progress", "progress.new"))
         with self._told():
             record.unlink(missing_ok=True)
             self._beside("notes.partial").unlink(missing_ok=True)
             try:
                 with partial.open("wb") as file:
-                    _allocate(file.fileno(), self._size)
+                    allocate(file.fileno(), self._size)
                     os.pwrite(file.fileno(), self._array_header, 0)
                     os.fsync(file.fileno())
+                unready.write_bytes(self._record_header + b"." * self._parts)
+                unready.replace(record)
             except BaseException:
                 partial.unlink(missing_ok=True)
+                unready.unlink(missing_ok=True)
                 raise
-            unready = record.with_suffix(".progress.new")
-            unready.write_bytes(self._record_header + b"." * self._parts)
-            unready.replace(record)
 
     def _fill(self) -> None:
         """Compute the parts that nobody has, wait for those of others, give the array its name."""
@@ -196,7 +204,7 @@ class Filling:
                 if not isinstance(error, CannotStore):
                     self._remove()
                 raise
-            with self._told(), _part(record, 0, wait=True):
+            with self._told(), byte_lock(record, 0, wait=True):
                 self._publish()
 
     def _publish(self) -> None:
@@ -208,17 +216,17 @@ class Filling:
         else:
             self._beside("notes.jsonl").unlink(missing_ok=True)  # of an array that was here before
         partial.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         self._beside("progress").unlink(missing_ok=True)
 
     def _take_parts(self, record: int, data: int, bar: tqdm) -> None:
         for wait in (False, True):
             if wait and self._done(record) < self.shape[0]:
-                log.info("%s: waiting for the parts that other processes compute", self.path)
+                log.warning("%s: waiting for the parts that other processes compute", self.path)
             for part in range(self._parts):
                 if self._is_done(record, part):
                     continue
-                with _part(record, self._mark(part), wait=wait) as mine:
+                with byte_lock(record, self._mark(part), wait=wait) as mine:
                     if mine and not self._is_done(record, part):
                         self._fill_part(record, data, part, bar)
                 bar.n = self._done(record)  # with what others did meanwhile
@@ -227,19 +235,19 @@ class Filling:
     def _fill_part(self, record: int, data: int, part: int, bar: tqdm) -> None:
         begin = part * self._items_per_part
         end = min(begin + self._items_per_part, self.shape[0])
-        item = int(np.prod(self.shape[1:])) * _DTYPE.itemsize
+        item = int(np.prod(self.shape[1:])) * DTYPE.itemsize
         notes: Notes = {}
         for first in range(begin, end, self.batch):
             last = min(first + self.batch, end)
             rows, said = self.compute(first, last)
-            assert rows.shape == (last - first, *self.shape[1:]) and rows.dtype == _DTYPE, (rows.shape, rows.dtype)
+            assert rows.shape == (last - first, *self.shape[1:]) and rows.dtype == DTYPE, (rows.shape, rows.dtype)
             notes |= said
             with self._told():
-                _write_all(data, np.ascontiguousarray(rows).data.cast("B"), len(self._array_header) + first * item)
+                write_all(data, np.ascontiguousarray(rows).data.cast("B"), len(self._array_header) + first * item)
             bar.update(last - first)
         with self._told():
             if notes:
-                _append_notes(self._beside("notes.partial"), notes)
+                append_notes(self._beside("notes.partial"), notes)
             os.fdatasync(data)
             os.pwrite(record, b"#", self._mark(part))
 
@@ -269,7 +277,7 @@ class Filling:
                 try:
                     fcntl.flock(lock, mode | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    log.info("%s: waiting for another process", lock.name)
+                    log.warning("%s: waiting for another process", lock.name)
                     fcntl.flock(lock, mode)
             try:
                 yield
@@ -291,87 +299,6 @@ class Filling:
             if self._is_started():
                 kept = f"; what is computed stays in {self._beside('partial').name} and the next start continues"
             raise CannotStore(
-                f"{self.path}: {error.strerror}: it needs {_size(self._size)} and {_size(free)} are free there; "
+                f"{self.path}: {error.strerror}: it needs {in_bytes(self._size)} and {in_bytes(free)} are free there; "
                 f"{self.hint}{kept}"
             ) from error
-
-
-def damage(path: Path, shape: tuple[int, ...]) -> str:
-    """What is wrong with a finished array of this shape; "" for a sound one, and where there is none.
-
-    Reading a map of a file that is too short would be SIGBUS.
-    """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        return ""
-    except (ValueError, EOFError) as error:  # no header, or fewer bytes than it says
-        return str(error).partition("\n")[0]
-    if not isinstance(array, np.memmap) or array.shape != shape or array.dtype != _DTYPE:
-        return f"holds {array.dtype} {array.shape}, not {_DTYPE} {shape}"
-    if (size := path.stat().st_size) != array.offset + array.nbytes:
-        return f"{size} bytes instead of {array.offset + array.nbytes}"
-    # A copy that allocates first leaves zeros, which no tower gives. Probing every item would read a whole disk.
-    probes = np.unique(np.linspace(0, len(array) - 1, _PROBES).round().astype(np.int64))
-    written = array.reshape(len(array), -1)[probes, :_PROBED_VALUES].any(1)
-    return "" if written.all() else f"item {probes[~written][0]} was never written"
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Give a file its disk space now: a full disk is then an error before the work instead of SIGBUS in its middle."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
-            raise
-        disk = os.fstatvfs(descriptor)  # a disk that reserves nothing can still be asked
-        if disk.f_bavail * disk.f_frsize < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        os.ftruncate(descriptor, size)
-
-
-@contextlib.contextmanager
-def _part(record: int, place: int, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of one byte of the record; without `wait`, False when another process has it."""
-    try:
-        fcntl.lockf(record, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, by file system
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.lockf(record, fcntl.LOCK_UN, 1, place)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _append_notes(path: Path, notes: Notes) -> None:
-    lines = "".join(json.dumps({"item": item, "note": note}) + "\n" for item, note in notes.items())
-    with path.open("ab", buffering=0) as file:  # one write: several processes append
-        file.write(lines.encode())
-        os.fsync(file.fileno())
-
-
-def _read_notes(path: Path) -> Notes:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    return dict(sorted((line["item"], line["note"]) for line in map(json.loads, lines)))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eclip.feature_file import CannotStore, damage
+from eclip.feature_disk import damage, read_notes
+from eclip.feature_file import CannotStore
 from tests.feature_filling import BATCH, EXPECTED, ITEMS, WIDTH, Recorder, filling
 from tests.helpers import rank_environment
 
@@ -276,3 +277,15 @@ def test_large_arrays_come_in_parts_of_bounded_bytes() -> None:
     large = filling(Path("nowhere"), Recorder(), shape=(1_000_000, 145, 384), batch=32)
     part = large._items_per_part
     assert part % 32 == 0 and part * 145 * 384 * 2 <= 64 << 20
+
+
+def test_a_note_that_a_kill_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    _interrupted(tmp_path)
+    notes = tmp_path / "x.notes.partial"
+    notes.write_bytes(notes.read_bytes() + b'\n{"item": 30, "no')
+    one = filling(
+        tmp_path, lambda first, last: (EXPECTED[first:last], {i: "again" for i in range(first, last) if i == 30})
+    )
+    one.open()
+    assert one.notes() == {7: "line\u2028 one\ntwo", 30: "again"}
+    assert read_notes(tmp_path / "nothing") == {}

@@ -1,5 +1,6 @@
 """`python -m eclip.evaluate --checkpoint RUN`: tables on stdout, RUN/evaluation.json, RUN/grounding.png."""
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ class Arguments:
 
     checkpoint: Path
     """Folder of the run, as training wrote it (--run-dir)."""
+    data_dir: Path | None = None
+    """The catalogue, where it is not the one at the place that the run recorded: moved, or another one."""
     split: str = "test"
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
@@ -35,13 +38,14 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m eclip.evaluate")
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # keys and titles may hold what the terminal has not
     try:
         evaluate_run(
             arguments.checkpoint,
-            device,
+            arguments.device,
+            data_dir=arguments.data_dir,
             split=arguments.split,
             batch_size=arguments.batch_size,
             limit=arguments.limit,
@@ -49,8 +53,10 @@ def main() -> None:
             cache_dir=arguments.cache_dir,
             progress=not arguments.quiet,
         )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: --batch-size {arguments.batch_size}: the GPU's memory does not suffice; take a smaller one")
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,15 @@ def class_features(
     return F.normalize(means, dim=-1)
 
 
-def classify(features: Features, classes: Tensor, labels: NDArray[np.int64], *, title: str) -> Table:
+def classify(features: Features, classes: Tensor, labels: NDArray[np.int64], *, title: str) -> Table | str:
     """Acc@1 of every embedding against `classes` (C, D); labels (n,) in 0..C-1, negative where unknown (left out).
 
-    Chance is a uniform guess, 1/C; the majority row always names the commonest class of these images.
+    Chance is a uniform guess, 1/C; the majority row always names the commonest class of these images. Returns a table,
+    or the reason why there is none.
     """
     known = labels >= 0
+    if not known.any():
+        return "no image of this split has a class"
     truth = labels[known]
     rows = {}
     for name, embedding in features.select(known).embeddings().items():

@@ -5,7 +5,7 @@ of its own title, the instance embedding prompted by each of the two, and two sc
 names": the decoder's assignment of patches to the title's query, and (CLIP's usual way) the cosine of patch and title.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from eclip.model.eclip import ECLIP
 
 TEXT_PROMPT, IMAGE_PROMPT = 0, 1
 """Modality codes of `ECLIP.instance_queries`."""
+
+_SHOWN = 5  # names in a message
 
 
 @dataclass(kw_only=True)
@@ -102,12 +104,30 @@ def decoder_is_trained(config: RunConfig) -> bool:
 def encode_texts(
     model: ECLIP, tokenizer: WordPiece, texts: Sequence[str], *, max_tokens: int, device: torch.device, chunk: int = 256
 ) -> Tensor:
-    """g_T features of any texts, NOT normalised: (len(texts), D) float32 on `device`."""
+    """g_T features of any texts, NOT normalised: (len(texts), D) float32 on `device`.
+
+    Raises ValueError naming texts whose features are not finite.
+    """
     parts = []
     for start in range(0, len(texts), chunk):
         tokens, cu_seqlens = tokenizer.encode(list(texts[start : start + chunk]), max_tokens)
         parts.append(model.encode_text(tokens.to(device), cu_seqlens.to(device)).float())
+        _require_finite(parts[-1:], [repr(text) for text in texts[start : start + chunk]], "texts")
     return torch.cat(parts)
+
+
+def _require_finite(values: Iterable[Tensor], names: Sequence[str], what: str) -> None:
+    """Raise ValueError naming the rows that hold NaN or infinity in any of `values` (n, ...)."""
+    good = torch.stack([value.flatten(1).isfinite().all(1).cpu() for value in values]).all(0)
+    bad = [names[i] for i in np.flatnonzero(~good.numpy())]
+    if not bad:
+        return
+    shown = ", ".join(bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+    cause = "the checkpoint is damaged or its training diverged" if len(bad) == len(names) else "the model overflows"
+    raise ValueError(
+        f"{len(bad)} of {len(names)} {what} have features that are NaN or infinite ({shown}): {cause}; "
+        f"nothing was evaluated, take an earlier checkpoint or another run"
+    )
 
 
 @torch.inference_mode()
@@ -127,7 +147,8 @@ def extract_features(
     """Compute the features of `rows`, batch_size images at a time; results are kept on the CPU.
 
     Returns them and one "key: reason" for each image that could not be decoded; those rows are left out. With a
-    `cache` the image tower's outputs are read from it and no image is decoded. Raises ValueError if nothing is left.
+    `cache` the image tower's outputs are read from it and no image is decoded. Raises ValueError if nothing is left,
+    and for features that are NaN or infinite, naming images: they would rank first everywhere.
     """
     title_ids = index.title_ids[rows]
     _, first, title_of = np.unique(title_ids, return_index=True, return_inverse=True)
@@ -141,22 +162,31 @@ def extract_features(
     for start in tqdm(range(0, len(rows), batch_size), desc=label, unit="batch", disable=not progress):
         places = np.arange(start, min(start + batch_size, len(rows)))
         if cache is not None:
+            bad = {int(row): cache.undecodable[int(row)] for row in rows[places] if int(row) in cache.undecodable}
+            corrupt += [f"{index.image_key(row)}: {reason}" for row, reason in bad.items()]
+            places = places[[int(row) not in bad for row in rows[places]]]
+            if not len(places):
+                continue
             tower = cache.tower_outputs(rows[places]).to(device)
         else:
             places, images = _decode(index, rows, places, config.model.image_size, corrupt)
             if not len(places):
                 continue
             tower = model.image_tower(images.to(device))
-        kept.append(places)
         text = texts[torch.from_numpy(title_of[places]).to(device)]
-        for name, value in _embed(model, tower, text, trained).items():
-            parts.setdefault(name, []).append(value.float().cpu())
+        found = {name: value.float().cpu() for name, value in _embed(model, tower, text, trained).items()}
+        if not kept and not any(value.isfinite().any() for value in found.values()):
+            _require_finite(found.values(), [index.image_key(int(rows[p])) for p in places], "images")
+        kept.append(places)
+        for name, value in found.items():
+            parts.setdefault(name, []).append(value)
     if not kept:
         raise ValueError(f"none of the {len(rows)} images could be decoded; the first: {''.join(corrupt[:1])}")
 
     at = np.concatenate(kept)
     chosen = rows[at]
     joined = {name: torch.cat(values) for name, values in parts.items()}
+    _require_finite(joined.values(), [index.image_key(int(row)) for row in chosen], "images")
     features = Features(
         rows=chosen,
         products=np.searchsorted(index.image_start, chosen, side="right") - 1,

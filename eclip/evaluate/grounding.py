@@ -8,13 +8,14 @@ Four questions to each score map (see `Features.score_maps`), none of which uses
   point    is the map's peak inside the true box
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eclip.dataloading.schema import ImageRecord
+from eclip.dataloading.schema import ImageRecord, Instance
 from eclip.evaluate.boxes import Array, contains, peak, pixel_map, random_boxes, region_box, score_boxes
 from eclip.evaluate.features import Features
 from eclip.evaluate.metrics import box_iou
@@ -50,13 +51,20 @@ class Scene:
 
 def can_ground(record: ImageRecord) -> bool:
     """Whether an image takes part: its source is asked about, and its size and the product's box are known."""
-    return record.source in SOURCES and bool(record.instances) and record.width > 0 and record.height > 0
+    known = record.source in SOURCES and bool(record.instances) and record.width > 0 and record.height > 0
+    return known and _has_area(record.instances[0])
+
+
+def _has_area(instance: Instance) -> bool:
+    x0, y0, x1, y1 = instance.box
+    return all(map(math.isfinite, instance.box)) and x0 < x1 and y0 < y1
 
 
 def make_scene(record: ImageRecord, *, row: int, size: int) -> Scene:
     """Scale a record's boxes to the square of `size` pixels that the image is squashed to."""
     scale = np.array([size / record.width, size / record.height] * 2)
-    return Scene(seed=row, boxes=np.array([instance.box for instance in record.instances], dtype=np.float64) * scale)
+    boxes = [instance.box for instance in record.instances if _has_area(instance)]
+    return Scene(seed=row, boxes=np.array(boxes, dtype=np.float64) * scale)
 
 
 def choose_thresholds(features: Features, scenes: Sequence[Scene], size: int) -> dict[str, float]:

@@ -15,11 +15,14 @@ from eclip.kernels.contrastive_loss import contrastive_loss
 
 
 @torch.no_grad()
-def image_text_loss(features: Features, scale: Tensor) -> Table:
+def image_text_loss(features: Features, scale: Tensor) -> Table | str:
     """Mean of both directions over all n images and their titles; computed on the device of `scale`.
 
-    Rows as in `image_text_retrieval`. Chance is the loss of scores that are all equal, ln n.
+    Rows as in `image_text_retrieval`. Chance is the loss of scores that are all equal, ln n. Returns a table, or the
+    reason why there is none.
     """
+    if not scale.isfinite().all():
+        return f"the temperature that the run has learnt is not finite (scale {scale.item()})"
     embeddings = features.embeddings()
     images = {"instance": embeddings.get("instance (image)"), "global": embeddings["global (image)"]}
     text, titles = features.text.to(scale.device), torch.from_numpy(features.titles).to(scale.device)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 RANKS = (1, 5, 10)
+_NO_MATCH = "no query has a match in the gallery: retrieval scores are undefined"
 
 
 def average_precision(hits: NDArray[np.bool_], positives: NDArray[np.int64], k: int) -> NDArray[np.float64]:
@@ -69,8 +70,12 @@ def top_matches(queries: Tensor, gallery: Tensor, k: int, *, chunk: int = 1024) 
 
     queries: (Q, D); gallery: (M, D); compared by dot product, `chunk` queries at a time (chunk x M floats of memory).
     The gallery is ranked in a fixed shuffled order: equal scores then fall in no order that knows the labels, and
-    constant embeddings score as chance does. Returns (Q, min(k, M)).
+    constant embeddings score as chance does. Returns (Q, min(k, M)). Raises ValueError for NaN and infinity: one such
+    row would stand first for every query.
     """
+    for name, embeddings in (("queries", queries), ("gallery", gallery)):
+        if bad := int((~embeddings.isfinite().all(-1)).sum()):
+            raise ValueError(f"{bad} of {len(embeddings)} {name} are not finite: they cannot be ranked")
     order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0))
     shuffled = gallery[order]
     found = [order[(part @ shuffled.T).topk(min(k, len(gallery))).indices] for part in queries.split(chunk)]
@@ -88,10 +93,12 @@ def retrieval_scores(
     """Mean over queries of R@k, and of mAP@k with `average`, k in RANKS; a match has an equal label.
 
     queries: (Q, D); gallery: (M, D); labels: (Q,), (M,). Queries without any match in the gallery are left out (the
-    caller counts them with `count_positives`).
+    caller counts them with `count_positives`). Raises ValueError when no query has a match, or for NaN and infinity.
     """
     positives = count_positives(query_labels, gallery_labels)
     kept = positives > 0
+    if not kept.any():
+        raise ValueError(_NO_MATCH)
     found = top_matches(queries[torch.from_numpy(kept)], gallery, max(RANKS))
     hits = gallery_labels[found] == query_labels[kept][:, None]
     scores = {f"R@{k}": float(hit_at(hits, k).mean()) for k in RANKS}
@@ -103,8 +110,10 @@ def retrieval_scores(
 def chance_scores(
     query_labels: NDArray[np.int64], gallery_labels: NDArray[np.int64], *, average: bool
 ) -> dict[str, float]:
-    """What `retrieval_scores` gives in expectation for a random ranking: exact."""
+    """What `retrieval_scores` gives in expectation for a random ranking: exact. Raises ValueError as it does."""
     positives = [int(p) for p in count_positives(query_labels, gallery_labels) if p > 0]
+    if not positives:
+        raise ValueError(_NO_MATCH)
     size = len(gallery_labels)
     scores = {f"R@{k}": float(np.mean([expected_hit(p, size, k) for p in positives])) for k in RANKS}
     if average:
@@ -121,7 +130,12 @@ def count_positives(query_labels: NDArray[np.int64], gallery_labels: NDArray[np.
 
 
 def box_iou(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intersection over union of boxes x0, y0, x1, y1 (half-open). a, b: (..., 4), broadcast. Returns (...)."""
+    """Intersection over union of boxes x0, y0, x1, y1 (half-open). a, b: (..., 4), broadcast. Returns (...).
+
+    Raises ValueError for NaN and infinity.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("a box is not finite: its overlap is undefined")
     low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
     common = np.clip(high - low, 0, None).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - common

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,15 @@ from eclip.evaluate.grounding import (
     score_scenes,
 )
 from eclip.evaluate.image_text_loss import image_text_loss
+from eclip.evaluate.inputs import Catalogue, OtherData, check_numbers, choose_device
+from eclip.evaluate.lettering import WAY_OUT
 from eclip.evaluate.product_retrieval import product_retrieval
-from eclip.evaluate.report import Overlay, Table, draw_sheet, format_table
+from eclip.evaluate.report import Table, format_table
 from eclip.evaluate.retrieval import image_text_retrieval
+from eclip.evaluate.sheet import Overlay, draw_sheet
 from eclip.feature_cache import FeatureCache, cache_folder
+from eclip.feature_file import CannotStore
+from eclip.files import replace_text
 from eclip.model.eclip import ECLIP
 
 NUM_OVERLAYS = 12
@@ -46,16 +51,20 @@ class Evaluator:
     model: ECLIP
     config: RunConfig
     tokenizer: WordPiece
+    catalogue: Catalogue
     device: torch.device
     batch_size: int = 64
     cache_dir: Path | None = None
     """With a locked image tower: read its outputs from, or first write them to, this folder (float16)."""
+    cache_is_wanted: bool = False
+    """The user named cache_dir: it is an error when it cannot be written, else the outputs are computed each time."""
     progress: bool = True
 
-    def features(self, index: ShardIndex, rows: NDArray[np.int64], label: str) -> tuple[Features, list[str]]:
-        cache = None
-        if self.cache_dir is not None and self.config.lock_image:
-            cache = FeatureCache.build_or_open(
+    def open_cache(self, index: ShardIndex) -> FeatureCache | None:
+        if self.cache_dir is None or not self.config.lock_image:
+            return None
+        try:
+            return FeatureCache.build_or_open(
                 self.cache_dir,
                 self.model,
                 index,
@@ -64,6 +73,13 @@ class Evaluator:
                 device=self.device,
                 progress=self.progress,
             )
+        except CannotStore as error:
+            if self.cache_is_wanted:
+                raise
+            print(f"not cached, computed for this evaluation alone: {error}")
+            return None
+
+    def features(self, index: ShardIndex, rows: NDArray[np.int64], label: str) -> tuple[Features, list[str]]:
         return extract_features(
             self.model,
             index,
@@ -72,7 +88,7 @@ class Evaluator:
             rows,
             device=self.device,
             batch_size=self.batch_size,
-            cache=cache,
+            cache=self.open_cache(index),
             progress=self.progress,
             label=label,
         )
@@ -82,6 +98,7 @@ def evaluate_run(
     run_dir: Path,
     device: torch.device | str = "cpu",
     *,
+    data_dir: Path | None = None,
     split: str = "test",
     batch_size: int = 64,
     limit: int | None = None,
@@ -91,56 +108,67 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate the newest weights of `run_dir` on a split; print the tables.
 
-    limit: take only so many products, evenly spread. threshold: cuts the score maps into regions; "auto" takes the
+    data_dir: the catalogue, where it is not the one at the place that the run recorded (see inputs.py). limit: take
+    only so many products, evenly spread. threshold: cuts the score maps into regions; "auto" takes the
     best of a small grid on the VAL split. cache_dir: see Evaluator; a run trained with --cache-features has one anyway.
     Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png
     (another split than test: evaluation-SPLIT.json, grounding-SPLIT.png). Returns what the JSON holds:
-    result["tables"][task]["rows"][row][metric], in [0, 1] unless the table's unit is nats. Raises ValueError
-    when there is no run.
+    result["tables"][task]["rows"][row][metric], in [0, 1] unless the table's unit is nats, None where undefined.
+    Raises ValueError when there is no run, when its data is missing or other than it was, when features are not finite,
+    and, after the tables are printed, when the files cannot be written.
     """
     run_dir = Path(run_dir)
+    check_numbers(batch_size, limit, threshold)
+    device = choose_device(device)
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir}: no run here (config.json is missing); give the --run-dir that training wrote")
-    if threshold != "auto" and not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold}: the score maps lie in [0, 1]; give a number between, or auto")
     began = time.monotonic()
     model, config, tokenizer = load_run(run_dir, device)
-    if cache_dir is None and config.cache_features:
-        cache_dir = cache_folder(config)
+    catalogue = Catalogue.of_run(run_dir, config, data_dir)
+    config = replace(config, data=replace(config.data, data_dir=catalogue.folder))
+    index = catalogue.open(split)
     evaluator = Evaluator(
         model=model,
         config=config,
         tokenizer=tokenizer,
-        device=torch.device(device),
+        catalogue=catalogue,
+        device=device,
         batch_size=batch_size,
-        cache_dir=cache_dir,
+        cache_dir=cache_folder(config) if cache_dir is None and config.cache_features else cache_dir,
+        cache_is_wanted=cache_dir is not None,
         progress=progress,
     )
-    index = ShardIndex.open(config.data.data_dir, split)
     suffix = "" if split == "test" else f"-{split}"
-    tables, skipped, counts = evaluate_split(
-        evaluator, index, split=split, limit=limit, threshold=threshold, sheet=run_dir / f"grounding{suffix}.png"
-    )
+    tables, skipped, counts, overlays = evaluate_split(evaluator, index, split=split, limit=limit, threshold=threshold)
     result = {
         "run_dir": str(run_dir),
         "split": split,
+        "data": {"data_dir": str(catalogue.folder), "fingerprint": index.fingerprint, "notes": catalogue.notes},
         **counts,
         "decoder_trained": decoder_is_trained(config),
         "seconds": round(time.monotonic() - began, 1),
         "tables": {name: table.to_dict() for name, table in tables.items()},
         "skipped": skipped,
     }
-    path = run_dir / f"evaluation{suffix}.json"
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    size = f"{counts['products']} products, {counts['images']} images"
-    print(f"\n{run_dir}: {split} split, {size}; numbers in %, losses in nats\n")
-    if not decoder_is_trained(config):
+    _print_tables(result, tables, skipped)
+    path, sheet = run_dir / f"evaluation{suffix}.json", run_dir / f"grounding{suffix}.png"
+    replace_text(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if overlays and (note := draw_sheet(overlays, sheet)):
+        print(f"\n{sheet}: {note}; {WAY_OUT}")
+    print(f"\nwritten: {path}" + (f", {sheet}" if overlays else ""))
+    return result
+
+
+def _print_tables(result: dict[str, Any], tables: dict[str, Table], skipped: dict[str, str]) -> None:
+    size = f"{result['products']} products, {result['images']} images"
+    print(f"\n{result['run_dir']}: {result['split']} split, {size}; numbers in %, losses in nats\n")
+    for note in result["data"]["notes"]:
+        print(f"note: {note}\n")
+    if not result["decoder_trained"]:
         print("instance rows: absent, this run trained no instance decoder\n")
     print("\n\n".join(format_table(table) for table in tables.values()))
     for name, reason in skipped.items():
         print(f"\nskipped {name}: {reason}")
-    print(f"\nwritten: {path}" + (f", {run_dir / f'grounding{suffix}.png'}" if "grounding" in tables else ""))
-    return result
 
 
 def evaluate_split(
@@ -150,9 +178,8 @@ def evaluate_split(
     split: str,
     limit: int | None,
     threshold: float | Literal["auto"],
-    sheet: Path,
-) -> tuple[dict[str, Table], dict[str, str], dict[str, Any]]:
-    """All tasks on one opened split: tables, reasons of the skipped tasks, counts."""
+) -> tuple[dict[str, Table], dict[str, str], dict[str, Any], list[Overlay]]:
+    """All tasks on one opened split: tables, reasons of the skipped tasks, counts, overlays of some images."""
     rows = choose_rows(index, limit)
     features, corrupt = evaluator.features(index, rows, f"{split} features")
     for line in corrupt:
@@ -171,7 +198,7 @@ def evaluate_split(
     for name, outcome in classification(evaluator, features, of_image):
         add(name, outcome)
     tables |= image_text_retrieval(features)
-    tables["image_text_loss"] = image_text_loss(features, evaluator.model.scale())
+    add("image_text_loss", image_text_loss(features, evaluator.model.scale()))
 
     categories = index.category_ids[features.products]
     unseen = np.array([bool(product.attributes.get("unseen_type")) for product in of_image])
@@ -182,16 +209,15 @@ def evaluate_split(
         title = f"{fine}, {unseen_only}"
         add("product_retrieval_unseen_type", product_retrieval(features, features.products, title=title, keep=unseen))
     add("product_retrieval_coarse", product_retrieval(features, categories, title="product retrieval, same category"))
-    for name, outcome in grounding(evaluator, index, features, facts, split, threshold, sheet):
+    overlays: list[Overlay] = []
+    for name, outcome in grounding(evaluator, index, features, facts, split, threshold, overlays):
         add(name, outcome)
     counts = {"products": len(facts), "images": len(features), "corrupt": corrupt}
-    return tables, skipped, counts
+    return tables, skipped, counts, overlays
 
 
 def choose_rows(index: ShardIndex, limit: int | None) -> NDArray[np.int64]:
-    """All images, or those of `limit` products spread evenly over the split. Raises ValueError for limit < 1."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: evaluate at least one product, or leave --limit out")
+    """All images, or those of `limit` products spread evenly over the split."""
     count = index.num_products if limit is None else min(limit, index.num_products)
     products = np.unique(np.linspace(0, index.num_products - 1, count).round().astype(np.int64))
     starts = index.image_start
@@ -229,9 +255,9 @@ def grounding(
     facts: dict[int, Product],
     split: str,
     threshold: float | Literal["auto"],
-    sheet: Path,
+    overlays: list[Overlay],
 ) -> Iterator[tuple[str, Table | str]]:
-    """The grounding tables, and the sheet of overlays as a file."""
+    """The grounding tables; adds some images to `overlays`."""
     size = evaluator.config.model.image_size
     records = [
         image_record(index, facts[int(p)], int(p), int(row))
@@ -256,7 +282,6 @@ def grounding(
         title = "grounding by title, products whose head noun was not in training"
         yield "grounding_unseen_type", grounding_table(scores, unseen, title=title, thresholds=thresholds)
 
-    overlays = []
     # Evenly spread, so that nobody picks the pictures.
     for place in np.unique(np.linspace(0, len(scenes) - 1, min(NUM_OVERLAYS, len(scenes))).round().astype(int)):
         row = int(chosen.rows[place])
@@ -270,7 +295,6 @@ def grounding(
                 boxes={name: region_box(picture, thresholds[name]) for name, picture in pictures.items()},
             )
         )
-    draw_sheet(overlays, sheet)
 
 
 def image_record(index: ShardIndex, product: Product, position: int, row: int) -> ImageRecord:
@@ -306,7 +330,9 @@ def _prepare(
 def _val_scenes(evaluator: Evaluator) -> tuple[ShardIndex, NDArray[np.int64], list[Scene]] | str:
     """The val split's index, its images that can be grounded and their scenes, or why there are none."""
     try:
-        index = ShardIndex.open(evaluator.config.data.data_dir, "val")
+        index = evaluator.catalogue.open("val")
+    except OtherData:
+        raise
     except (ValueError, OSError) as error:
         return f"no val split to choose from ({error})"
     rows: list[int] = []

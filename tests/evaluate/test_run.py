@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eclip.evaluate.inputs as inputs_module
 import eclip.evaluate.run as run_module
 from eclip.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from eclip.dataloading.pipeline import decode_square
@@ -72,6 +73,7 @@ class Catalogue:
         if corrupt is not None:
             self.files[corrupt] = b"no picture"
         self.num_products, self.num_images = len(self.products), len(self.files)
+        self.fingerprint = "0123456789abcdef"
         self.image_start = np.arange(0, self.num_images + 1, 3)
         records = [r for product in self.products for r in product.images]
         self.image_source = np.array([SOURCES.index(r.source) for r in records], np.uint8)
@@ -156,7 +158,7 @@ def prepare(
         return val if split == "val" else test
 
     monkeypatch.setattr(run_module, "load_run", lambda run_dir, device: (Colours(), config, Words()))
-    monkeypatch.setattr(run_module, "ShardIndex", SimpleNamespace(open=open_split))
+    monkeypatch.setattr(inputs_module, "ShardIndex", SimpleNamespace(open=open_split))
     return tmp_path
 
 
@@ -267,9 +269,9 @@ def test_limit_takes_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = evaluate_run(run, progress=False, limit=2, split="other")
     assert result["products"] == 2 and result["images"] == 6
     assert (run / "evaluation-other.json").is_file() and (run / "grounding-other.png").is_file()
-    with pytest.raises(ValueError, match="limit=0"):
+    with pytest.raises(ValueError, match="--limit 0"):
         evaluate_run(run, progress=False, limit=0)
-    with pytest.raises(ValueError, match="threshold=3"):
+    with pytest.raises(ValueError, match="--threshold 3"):
         evaluate_run(run, progress=False, threshold=3)
 
 
@@ -288,7 +290,8 @@ def test_cached_tower_outputs_give_the_same_numbers(tmp_path: Path, monkeypatch:
         def build_or_open(cls, cache_dir: Path, model: Colours, index: Catalogue, *rest: object, **options: object):
             asked.append(cache_dir)
             images = torch.stack([decode_square(index.read_image(row), SIZE) for row in range(index.num_images)])
-            return SimpleNamespace(tower_outputs=lambda rows: model.image_tower(images)[torch.from_numpy(rows)])
+            outputs = model.image_tower(images)
+            return SimpleNamespace(tower_outputs=lambda rows: outputs[torch.from_numpy(rows)], undecodable={})
 
     direct = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), Catalogue()), progress=False)
     run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue(), locked=True)
