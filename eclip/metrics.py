@@ -5,6 +5,7 @@ A sink is a function of (steps done, numbers); a run has a list of them, called 
 
 import importlib.util
 import json
+import re
 import resource
 import sys
 import time
@@ -16,20 +17,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RunConfig
+from .files import append_line, replace_text
 
 MetricSink = Callable[[int, Mapping[str, float]], None]
 
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
-"""Dense bfloat16 peak, FLOP/s, by a part of the device's name (NVIDIA's data sheets; the first that occurs counts)."""
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("A100", 312e12), ("A800", 312e12), ("A10", 125e12), ("A30", 165e12), ("A40", 150e12), ("RTX A6000", 155e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800 PCIe", 756e12), ("H800", 989e12),
+    ("H200 NVL", 836e12), ("H200", 989e12), ("GH200", 989e12), ("H20", 148e12),
+    ("B200", 2250e12), ("GB200", 2500e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L20", 119.5e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
+)  # fmt: skip
+"""Dense bfloat16 peak, FLOP/s (NVIDIA's data sheets), of a GPU whose name has all of these words; the first counts."""
+_PART_OF_A_GPU = re.compile(r"MIG|GRID|\d+[ABCQ]")  # a slice, or a virtual GPU's profile ("A100-20C")
 
 
 def console_sink(total_steps: int) -> MetricSink:
@@ -56,32 +56,32 @@ def jsonl_sink(path: Path, *, start_step: int = 0) -> MetricSink:
     """One JSON object a line, floats in full: {"step": 10, "loss": ...}.
 
     Lines of `path` after `start_step` are dropped first: a run that died after its last checkpoint computed them, and
-    the resumed one computes them again.
+    the resumed one computes them again. Writing raises CannotWrite and leaves no half line.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        found = path.read_bytes()
+        kept = b"".join(line + b"\n" for line in found.split(b"\n") if _step_of(line) <= start_step)
+        if kept != found:
+            replace_text(path, kept.decode())
 
     def write(step: int, values: Mapping[str, float]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(path, json.dumps({"step": step, **values}))
 
     return write
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # the half line of a killed run
 
 
-def tensorboard_sink(log_dir: Path) -> MetricSink:
-    """Scalars for TensorBoard. Needs the package tensorboard."""
+def tensorboard_sink(log_dir: Path, *, start_step: int = 0) -> MetricSink:
+    """Scalars for TensorBoard, which then hides what a dead run logged after `start_step`. Needs that package."""
     from torch.utils.tensorboard import SummaryWriter  # loads 100 modules; few runs want it
 
-    writer = SummaryWriter(str(log_dir))
+    writer = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -92,10 +92,26 @@ def tensorboard_sink(log_dir: Path) -> MetricSink:
 
 
 def wandb_sink(project: str, config: RunConfig) -> MetricSink:
-    """Weights & Biases. Needs the package wandb."""
+    """Weights & Biases. Needs the package wandb.
+
+    The run's id stays in run_dir/wandb.json: a resumed run continues there, one that starts anew (the file is deleted
+    then) gets its own. W&B drops steps that it has already; a resumed run computes the same numbers for them.
+    """
     import wandb
 
-    run = wandb.init(project=project, name=config.run_dir.name, config=json.loads(config.to_json()), resume="allow")
+    path = config.run_dir / "wandb.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        known = kept["id"] if kept["project"] == project else None
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    settings = json.loads(config.to_json())
+    try:
+        run = wandb.init(project=project, name=config.run_dir.name, config=settings, id=known, resume="allow")
+    except Exception as error:  # no account, no network: wandb's own errors have no common type over its versions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--wandb {project}: {reason}; set WANDB_MODE=offline, or drop the flag") from error
+    replace_text(path, json.dumps({"project": project, "id": run.id}) + "\n")
     return lambda step, values: run.log(dict(values), step=step)
 
 
@@ -113,7 +129,7 @@ def build_sinks(config: RunConfig, *, start_step: int = 0) -> list[MetricSink]:
     """Console and metrics.jsonl always, the others when the configuration asks for them."""
     sinks = [console_sink(config.steps), jsonl_sink(config.run_dir / "metrics.jsonl", start_step=start_step)]
     if config.tensorboard:
-        sinks.append(tensorboard_sink(config.run_dir / "tensorboard"))
+        sinks.append(tensorboard_sink(config.run_dir / "tensorboard", start_step=start_step))
     if config.wandb is not None:
         sinks.append(wandb_sink(config.wandb, config))
     return sinks
@@ -172,8 +188,15 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 peak of a known GPU, FLOP/s; None for others and for CPUs."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return named_peak(torch.cuda.get_device_name(device))
+
+
+def named_peak(name: str) -> float | None:
+    """Peak of a GPU by the whole words of its name: an L40 is no L4. None for unknown ones and for slices of one."""
+    words = set(re.split(r"[\s_-]+", name))
+    if any(_PART_OF_A_GPU.fullmatch(word) for word in words):
+        return None
+    return next((peak for wanted, peak in PEAK_FLOPS if words.issuperset(wanted.split())), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,12 +3,19 @@
 import dataclasses
 import importlib.util
 import json
+import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from eclip.files import CannotWrite
 from eclip.metrics import (
     Throughput,
     build_sinks,
@@ -19,6 +26,7 @@ from eclip.metrics import (
     format_duration,
     format_rate,
     jsonl_sink,
+    named_peak,
 )
 from eclip.presets import PRESETS
 
@@ -58,6 +66,136 @@ def test_jsonl_keeps_what_a_checkpoint_covers(tmp_path: Path) -> None:
     jsonl_sink(path, start_step=2)(3, {"loss": 0.5})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1 / 3 + 1}, {"step": 2, "loss": 1 / 3 + 2}, {"step": 3, "loss": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "odd", [b'{"step": 4, "lo', b"\n\n", b"\xff\xfe\n", b"[1]\n", b"4\n", b'{"loss": 1}\n', b'{"step": "x"}\n']
+)
+def test_jsonl_lines_that_are_none_go(tmp_path: Path, odd: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "title": "\xe6\xb2\x99"}\n' + odd)
+    jsonl_sink(path, start_step=5)(6, {"loss": 0.5})
+    text = path.read_text(encoding="utf-8")
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 6]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@contextmanager
+def _file_size_limit(limit: int) -> Iterator[None]:
+    """As on a full disk: no file may grow beyond `limit` bytes (Python ignores the signal, writing fails)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write = jsonl_sink(path)
+    write(1, {"loss": 0.5})
+    before = path.read_bytes()
+    with (
+        _file_size_limit(len(before) + 9),
+        pytest.raises(CannotWrite, match=r"metrics\.jsonl: cannot be written \(File too large\)"),
+    ):
+        write(2, {"loss": 0.25})
+    assert path.read_bytes() == before
+    write(2, {"loss": 0.25})
+    assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [1, 2]
+
+
+def test_a_rewrite_that_fails_keeps_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write = jsonl_sink(path)
+    for step in (1, 2, 3):
+        write(step, {"loss": 0.5})
+    before = path.read_bytes()
+    with _file_size_limit(10), pytest.raises(CannotWrite, match=r"metrics\.jsonl: cannot be written"):
+        jsonl_sink(path, start_step=2)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L20", 119.5),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 836), ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("A100-PCIE-40GB", 312), ("NVIDIA A10", 125),
+        ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA A10G", None), ("NVIDIA L4000", None), ("Tesla V100-SXM2-16GB", None), ("NVIDIA A100X", None),
+        ("NVIDIA GeForce RTX 4090", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("GRID A100-20C", None),
+        ("AMD Instinct MI300X", None), ("", None),
+    ],
+)  # fmt: skip
+def test_peaks_by_whole_words(name: str, teraflops: float | None) -> None:
+    assert named_peak(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+class _Wandb:
+    """The surface of the package: what `init` was asked for, and ids that it makes."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **options: Any) -> Any:
+        self.calls.append(options)
+        run_id = options["id"] or f"new{len(self.calls)}"
+        return SimpleNamespace(id=run_id, log=lambda values, step: self.logged.append((step, values)))
+
+
+def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = dataclasses.replace(PRESETS["debug"], run_dir=tmp_path, wandb="shop")
+    build_sinks(config)[-1](3, {"loss": 0.5})
+    assert fake.logged == [(3, {"loss": 0.5})]
+    build_sinks(config, start_step=3)
+    build_sinks(dataclasses.replace(config, wandb="other"), start_step=3)  # ids are those of a project
+    (tmp_path / "wandb.json").unlink()  # as --overwrite does
+    build_sinks(config)
+    (tmp_path / "wandb.json").write_text("no JSON")
+    build_sinks(config)
+    assert [call["id"] for call in fake.calls] == [None, "new1", None, None, None]
+    assert {call["resume"] for call in fake.calls} == {"allow"}
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "shop", "id": "new5"}
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> Any:
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = dataclasses.replace(PRESETS["debug"], run_dir=tmp_path, wandb="shop")
+    with pytest.raises(ValueError, match=r"^--wandb shop: api_key not configured \(no-tty\); set WANDB_MODE=offline"):
+        build_sinks(config)
+
+
+@pytest.mark.parametrize(("start", "purge"), [(0, None), (10, 11)])
+def test_tensorboard_purges_what_a_dead_run_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, purge: int | None
+) -> None:
+    made = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            made.append((name, value, step))
+
+        def flush(self) -> None:
+            made.append("flushed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    config = dataclasses.replace(PRESETS["debug"], run_dir=tmp_path, tensorboard=True)
+    build_sinks(config, start_step=start)[-1](12, {"loss": 0.5})
+    assert made == [(str(tmp_path / "tensorboard"), purge), ("loss", 0.5, 12), "flushed"]
 
 
 def test_throughput() -> None:
