@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RunConfig
-from .files import append_line, replace_text
+from .files import append_line, replace_text, writing
 
 MetricSink = Callable[[int, Mapping[str, float]], None]
 
@@ -58,6 +58,8 @@ def jsonl_sink(path: Path, *, start_step: int = 0) -> MetricSink:
     Lines of `path` after `start_step` are dropped first: a run that died after its last checkpoint computed them, and
     the resumed one computes them again. Writing raises CannotWrite and leaves no half line.
     """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         found = path.read_bytes()
         kept = b"".join(line + b"\n" for line in found.split(b"\n") if _step_of(line) <= start_step)
