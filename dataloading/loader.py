@@ -13,11 +13,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from .pipeline import Bad, BatchSource, TorchPipeline
+from .pipeline import Bad, BatchSource
 from .sampling import Sampler
 from .schema import Batch
 from .shards import ShardIndex
 from .text import WordPiece
+from .torch_pipeline import InPlace, TorchPipeline
+from .waiting import Beside
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +32,35 @@ class _Pipeline(Protocol):
     def close(self) -> None: ...
 
 
-class _NoPipeline:
-    """Batches without images, for runs on cached features: made in place, there is nothing to give to a worker."""
+class _InTime:
+    """A pipeline that works in this process, in a thread of it: so a call that hangs is named after a while."""
 
-    def __init__(self, source: BatchSource, *, first_step: int):
-        self.source, self.step = source, first_step
+    def __init__(self, pipeline: _Pipeline, source: BatchSource, first_step: int, stall_seconds: float):
+        self._step, self._data_dir, self._seconds = first_step, source.index.data_dir, stall_seconds
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._pipeline = pipeline
+        self._beside = Beside(
+            pipeline.__next__,
+            what=self._stalled,
+            stall_seconds=stall_seconds,
+            setup=lambda: None if device is None else torch.cuda.set_device(device),
+        )
+
+    def _stalled(self) -> str:
+        return (
+            f"step {self._step}: no batch within {self._seconds:g} s (--stall-seconds): the decoder is still at it, "
+            f"with images of {self._data_dir}: a slow or unreachable store, or a busy machine; raise the limit, or "
+            f"lower --global-batch-size"
+        )
 
     def __next__(self) -> tuple[Batch, Bad]:
-        self.step += 1
-        return self.source.without_images(self.step - 1), {}
+        item = self._beside.take()
+        self._step += 1
+        return item
 
     def close(self) -> None:
-        pass
+        self._beside.close()
+        self._pipeline.close()
 
 
 def choose_decoder(decoder: Decoder) -> Literal["dali", "torch", "none"]:
@@ -71,12 +90,14 @@ class ProductLoader:
     index: the split. tokenizer: its WordPiece. image_size: side of the crops, pixels. crop_scale: area share of the
     random resized crop; flip: mirror half of the crops. decoder: see `choose_decoder`; "none" leaves `images` None and
     starts no worker. num_workers: processes of the torch decoder (0: decode in this one), threads of DALI.
+    stall_seconds: how long a batch may take, 0 without limit.
 
     With DALI on a GPU `images` lie on the current CUDA device, all else on the CPU. An undecodable image is replaced by
     another one of its product; it is named once in `Batch.corrupt`, in the log and in `corrupt` (key to reason).
     One iterator at a time: a new one continues where the last one stood.
 
-    Raises ValueError for settings that make no sense.
+    Raises ValueError for settings that make no sense; its iterators raise DataError (a ValueError) when a tar cannot be
+    read any more, a worker is killed, or no batch comes in time.
     """
 
     def __init__(
@@ -94,6 +115,7 @@ class ProductLoader:
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = True,
         max_tokens: int = 55,
+        stall_seconds: float = 300,
     ):
         if global_batch_size < 1 or global_batch_size % world_size:
             raise ValueError(
@@ -106,10 +128,12 @@ class ProductLoader:
             raise ValueError(f"crop_scale={crop_scale}: area shares need 0 < lowest <= highest <= 1")
         if image_size < 1 or num_workers < 0:
             raise ValueError(f"image_size={image_size}, num_workers={num_workers}: use a size >= 1 and workers >= 0")
+        if not 0 <= stall_seconds < float("inf"):
+            raise ValueError(f"stall_seconds={stall_seconds}: use 0 (no limit) or more")
         self.index, self.tokenizer = index, tokenizer
         self.global_batch_size, self.seed = global_batch_size, seed
         self.decoder = choose_decoder(decoder)
-        self.num_workers = num_workers
+        self.num_workers, self.stall_seconds = num_workers, stall_seconds
         self.corrupt: dict[str, str] = {}
         self._step = 0
         sampler = Sampler(index, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size)
@@ -123,16 +147,19 @@ class ProductLoader:
         return self.index.num_products / self.global_batch_size
 
     def _open(self) -> _Pipeline:
+        source, first, limit = self._source, self._step, self.stall_seconds
         if self.decoder == "none":
-            return _NoPipeline(self._source, first_step=self._step)
+            return InPlace(source, first_step=first, decoded=False)
         if self.decoder == "dali":
             from .dali_pipeline import DaliPipeline  # DALI takes 0.5 s to import and is optional
 
-            return DaliPipeline(self._source, first_step=self._step, num_threads=max(1, self.num_workers))
-        if self.num_workers:
-            # Training a vocabulary used the tokenizers' threads; without this every forked worker warns about them.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return TorchPipeline(self._source, first_step=self._step, num_workers=self.num_workers)
+            dali = DaliPipeline(source, first_step=first, num_threads=max(1, self.num_workers))
+            return _InTime(dali, source, first, limit)
+        if not self.num_workers:
+            return _InTime(InPlace(source, first_step=first, decoded=True), source, first, limit)
+        # Training a vocabulary used the tokenizers' threads; without this every forked worker warns about them.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return TorchPipeline(source, first_step=first, num_workers=self.num_workers, stall_seconds=limit)
 
     def __iter__(self) -> Iterator[Batch]:
         pipeline = self._open()

@@ -1,23 +1,21 @@
-"""From shards to batches: what both decoders share, and the one on plain PyTorch.
+"""From shards to batches: what both decoders share, and how Pillow decodes.
 
 `BatchSource` makes the batch of a step, given a way to decode; it replaces undecodable images and packs titles and ids.
-`TorchPipeline` decodes with Pillow in DataLoader workers, a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is
-still larger than the crop's output: 2.2 times the speed of a full decode for 224 px from a megapixel. DALI's is in
-dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images.py says an image has:
-those that packing would store.
+Pillow decodes a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still larger than the crop's output: 2.2
+times the speed of a full decode for 224 px from a megapixel; torch_pipeline.py has it done in worker processes, DALI's
+way is in dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images.py says an
+image has: those that packing would store.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
@@ -153,42 +151,3 @@ class BatchSource:
 
         rows, _, bad = self.resolve(drawn, attempt)
         return self.assemble(step, rows, torch.from_numpy(images)), bad
-
-
-class _Steps(Dataset[tuple[Batch, Bad]]):
-    """Batches by step, for DataLoader."""
-
-    def __init__(self, source: BatchSource):
-        self.source = source
-
-    def __getitem__(self, step: int) -> tuple[Batch, Bad]:
-        return self.source.decoded(step)
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-class TorchPipeline:
-    """Batches from `first_step` on, decoded by `num_workers` processes (0: in this one), in the order of the steps."""
-
-    def __init__(self, source: BatchSource, *, first_step: int, num_workers: int):
-        self._batches: Iterator[tuple[Batch, Bad]] | None = iter(
-            DataLoader(
-                _Steps(source),
-                sampler=itertools.count(first_step),
-                batch_size=None,  # an item is a batch already
-                num_workers=num_workers,
-                prefetch_factor=PREFETCH if num_workers else None,
-                collate_fn=_as_is,
-            )
-        )
-
-    def __next__(self) -> tuple[Batch, Bad]:
-        """The next batch and the undecodable images met in it."""
-        assert self._batches is not None
-        return next(self._batches)
-
-    def close(self) -> None:
-        """End the workers."""
-        self._batches = None  # DataLoader's iterator joins its workers when it is dropped
