@@ -8,6 +8,7 @@ from PIL import Image, ImageCms
 
 _SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab "}
 """The colour space that a profile must be of, by Pillow's mode."""
+_INTENT, _FLAGS = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION  # as photo editors do
 _SAME = 2  # levels of 255; the profiles in use that all mean sRGB differ by so much
 
 
@@ -33,8 +34,8 @@ def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform |
             ImageCms.createProfile("sRGB"),
             mode,
             "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            _INTENT,
+            _FLAGS,
         )
         if mode in ("RGB", "L"):
             before, after = _grid(mode), transform.apply(_grid(mode))

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,13 @@ with suppress(AttributeError, OSError):  # a Pillow without libtiff, or with one
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
+@cache
+def _file_formats() -> tuple[str, ...]:
+    """Those of _FILES that this Pillow has; it fails on the name of one that it has not."""
+    Image.init()
+    return tuple(name for name in _FILES if name in Image.OPEN)
+
+
 class CorruptImageError(ValueError):
     """An image that cannot be used. `reason` is one of few sentences; `detail` has numbers and the decoder's words."""
 
@@ -80,7 +88,8 @@ def rejecting(reason: str) -> Iterator[None]:
     except CorruptImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CorruptImageError(_too_large(), _words(error)) from error
+        size = str(error).partition(" exceeds")[0]  # a limit of Pillow's follows, which is another one
+        raise CorruptImageError(_too_large(), size) from error
     except Exception as error:
         cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
         raise CorruptImageError("truncated" if cut else reason, _words(error)) from error
@@ -202,7 +211,7 @@ def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tup
 
     Returns the JPEG, its width and height. Raises CorruptImageError for whatever is wrong with this one image.
     """
-    picture = upright_rgb(open_image(_read(path), _FILES).image)
+    picture = upright_rgb(open_image(_read(path), _file_formats()).image)
     with rejecting("cannot be encoded"):
         if min(picture.size) < MIN_SIDE:
             raise CorruptImageError(f"smaller than {MIN_SIDE} px", f"{picture.width} x {picture.height} px")
