@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from .signals import Stopped, StopSignals, signal_name
-from .torchrun import may_restart, stopped_status, write_error_file
+from .torchrun import may_restart, restart_is_left, stopped_status, write_error_file
 from .watch import PeerFailed, Watch, write_peer_error
 
 T = TypeVar("T")
@@ -25,8 +25,9 @@ _LOST = re.compile(
     r"gloo/transport|NCCL|nccl|TCPStore|Connection (closed|reset|refused)|Broken pipe|"
     r"connection (closed|reset)|failed to (send|recv)"
 )
-_TELL_SECONDS = 3.0  # a peer that fails says so before it leaves; this is for a busy machine
-_AGREE_SECONDS = 3.0
+_TELL_SECONDS = 10.0  # for a peer that is failing to say why; one that has left has said it before
+_AGREE_SECONDS = 2.0
+_YIELD_SECONDS = 0.5  # what is wrong on all ranks alike is for rank 0 to say
 
 
 def conclude(
@@ -45,20 +46,19 @@ def conclude(
     if watch is None:
         return _conclude_alone(error, told, stopped, speaks=int(os.environ.get("RANK", 0)) == 0)
     lost = isinstance(error, PeerFailed) or (isinstance(error, Exception) and bool(_LOST.search(str(error))))
-    failure = watch.failure(wait=_TELL_SECONDS if lost else 0)
+    failure = watch.failure(wait=_TELL_SECONDS if isinstance(error, PeerFailed) else 0)
     if failure is not None:
         write_peer_error(failure)
         return 1
     if stop.signum is not None and (lost or isinstance(error, Stopped)):
         if watch.stop_agreed(wait=_AGREE_SECONDS):
-            if watch.rank == 0:
-                print(f"{signal_name(stop.signum)}: {stopped}{restart_note()}", flush=True)
-            return stopped_status(stop.signum)
+            return say_stopped(stop.signum, stopped, speaks=watch.rank == 0)
         lost = True  # torchrun ends the ranks that are left when one was killed
     if lost:
         silent = watch.silent()
         who = f"{watch.name(silent)} left without a word (killed?)" if silent else f"ranks lost each other: {error}"
-        return _speak(f"error: {_one_line(who)}; the run stops, --resume continues it", watch)
+        goes_on = "torchrun starts it again" if restart_is_left() else "--resume continues it"
+        return _speak(f"error: {_one_line(who)}; the run stops, {goes_on} from the newest checkpoint", watch)
     if isinstance(error, told):
         return _speak(f"error: {_one_line(str(error))}", watch)
     text = "".join(traceback.format_exception(error))
@@ -68,9 +68,7 @@ def conclude(
 def _conclude_alone(error: BaseException, told: tuple[type[BaseException], ...], stopped: str, *, speaks: bool) -> int:
     """One process, or ranks that have not found each other."""
     if isinstance(error, Stopped):
-        if speaks:
-            print(f"{signal_name(error.signum)}: {stopped}{restart_note()}", flush=True)
-        return stopped_status(error.signum)
+        return say_stopped(error.signum, stopped, speaks=speaks)
     if not isinstance(error, told):
         raise error
     line = f"error: {_one_line(str(error))}"
@@ -81,6 +79,8 @@ def _conclude_alone(error: BaseException, told: tuple[type[BaseException], ...],
 
 def _speak(line: str, watch: Watch, text: str | None = None) -> int:
     """Print `line` (or `text`, a traceback) unless another rank has spoken."""
+    if watch.rank > 0:
+        time.sleep(_YIELD_SECONDS)
     if watch.publish_failure(f"rank {watch.rank}: {line}" if text else line):
         write_error_file(line, traceback=text)
         print(text or line, file=sys.stderr, flush=True)
@@ -89,9 +89,14 @@ def _speak(line: str, watch: Watch, text: str | None = None) -> int:
     return 1
 
 
-def restart_note() -> str:
-    """For the line of a run that stopped by request."""
-    return " (exit status 0, so that torchrun does not start it again)" if may_restart() else ""
+def say_stopped(signum: int, what: str, *, speaks: bool) -> int:
+    """The line of a run that stopped by request, from the rank that `speaks`; the exit status of every rank."""
+    note = " (exit status 0, so that torchrun does not start it again)" if may_restart() else ""
+    line = f"{signal_name(signum)}: {what}{note}"
+    write_error_file(line)
+    if speaks:
+        print(line, flush=True)
+    return stopped_status(signum)
 
 
 def once(read: Callable[[], T]) -> T:

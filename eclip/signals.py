@@ -72,36 +72,28 @@ class StopSignals:
         self._writer.close()
         self._reader.close()
 
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
-
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Inside, a signal only sets `requested`."""
-        with self._mode(raises=False):
-            yield
+        """Inside, a signal only sets `signum`; and afterwards too when an error leaves it, which is handled then."""
+        before, self._raises = self._raises, False
+        yield
+        self._raises = before
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
         """Inside, a signal raises Stopped; so does one that was noted before."""
-        with self._mode(raises=True):
+        before, self._raises = self._raises, True
+        try:
             if self.signum is not None:
                 raise Stopped(self.signum)
             yield
+        finally:
+            self._raises = before
 
     def pass_on(self, signum: int) -> None:
         """Another rank got a signal: do here, from any thread, what it would do."""
         if self.signum is None:
             signal.pthread_kill(threading.main_thread().ident or 0, signum)
-
-    @contextlib.contextmanager
-    def _mode(self, *, raises: bool) -> Iterator[None]:
-        before, self._raises = self._raises, raises
-        try:
-            yield
-        finally:
-            self._raises = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled = True

@@ -26,6 +26,15 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
+def restart_is_left() -> bool:
+    """Whether torchrun will start the ranks again when they fail now."""
+    return may_restart() and _restart_count() < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def stopped_status(signum: int) -> int:
     """Exit status of a run that stopped by request: 128 + signal as in shells, 0 where torchrun would restart it."""
     return 0 if may_restart() else 128 + signum
@@ -63,8 +72,7 @@ def begun_by_this_launch(run_dir: Path) -> bool:
     except (OSError, ValueError):
         return False
     mine = _launch()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return recorded == mine or (restarted and recorded.get("run_id") == mine["run_id"])
+    return recorded == mine or (_restart_count() > 0 and recorded.get("run_id") == mine["run_id"])
 
 
 def _launch() -> dict[str, str]:

@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
-from .ending import conclude, leave, once, restart_note
+from .ending import conclude, leave, once, say_stopped
 from .feature_cache import FeatureCache, cache_folder, single_image_note
 from .metrics import MetricSink, Throughput, build_sinks, count_flops
 from .model.eclip import ECLIP
@@ -28,7 +28,7 @@ from .optim import build_optimizer, learning_rate, set_learning_rate
 from .parallel import Ranks, find_ranks, part, shard, start_ranks
 from .prepare import Prepared, prepare
 from .presets import parse
-from .signals import Stopped, StopSignals, signal_name
+from .signals import Stopped, StopSignals
 from .torchrun import has_launcher, stopped_status
 from .watch import PeerFailed
 
@@ -195,9 +195,9 @@ class Trainer:
                 batch = self._next_batch(batches, throughput, stop)
                 # A rank told to stop while it waits for data joins here like those that have theirs: none stands in a
                 # collective of the step, waiting for one that never comes.
-                stop.signum = self.ranks.highest(stop.signum or 0) or None
-                if stop.signum is not None:
-                    self._stop(stop.signum)
+                if signum := self.ranks.highest(stop.signum or 0):
+                    stop.signum = signum
+                    self._stop(signum)
                     return False
                 assert batch is not None
                 values = self._take_step(batch, throughput)
@@ -228,7 +228,7 @@ class Trainer:
             what = "stopped before the first step, nothing to save"
         else:
             what = f"checkpoint of step {self.step} {'written' if written else 'is there'}; continue with --resume"
-        self._say(f"{signal_name(signum)}: {what}{restart_note()}")
+        say_stopped(signum, what, speaks=self.ranks.is_main)
 
     def _take_step(self, batch: Batch, throughput: Throughput) -> dict[str, float]:
         """One step on one batch; returns its numbers, means over ranks."""

@@ -47,7 +47,7 @@ class Watch:
         self.rank, self.members, self.timeout, self.store = rank, meeting.members, timeout, meeting.store
         self._on_stop = on_stop
         # A client each: a call that waits inside the store holds up every other call of the same client.
-        self._mine, self._theirs = meeting.store.clone(), meeting.store.clone()
+        self._mine, self._theirs = (meeting.store.clone() for _ in range(2))  # type: ignore[attr-defined]  # no stub
         self._parent = os.getppid()
         self._failure: Failure | None = None
         self._failed_at: float | None = None
@@ -128,15 +128,15 @@ class Watch:
         beat, looked = 0, time.monotonic()
         while not self._retired:
             beat += 1
+            if under_torchrun() and os.getppid() != self._parent:  # torchrun is gone, perhaps with the store
+                self._on_stop(self._stop or signal.SIGTERM)
+                return
             try:
                 self._look(beat, min(time.monotonic() - looked, 2 * INTERVAL))
             except RuntimeError:  # the store is gone, with rank 0 or with the launcher
                 self._on_stop(self._stop or signal.SIGTERM)
                 return
             looked = time.monotonic()
-            if under_torchrun() and os.getppid() != self._parent:
-                self._stop = self._stop or signal.SIGTERM
-                self._on_stop(self._stop)
             self._wake.wait(INTERVAL)
             self._wake.clear()
 
