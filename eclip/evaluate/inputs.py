@@ -67,7 +67,7 @@ class Catalogue:
     def of_run(cls, run_dir: Path, config: RunConfig, data_dir: Path | None) -> "Catalogue":
         """The catalogue of a run, or the one at `data_dir`. Raises ValueError when the folder is not there."""
         record = read_data_record(run_dir) or {}
-        folder = data_dir or Path(record.get("data_dir", config.data.data_dir))
+        folder = data_dir or Path(record.get("data_dir") or config.data.data_dir)
         found = cls(folder=folder.resolve(), chosen=data_dir is not None, fingerprints=record.get("fingerprints", {}))
         if not found.folder.is_dir():
             whose = "" if found.chosen else f", where {run_dir} has its catalogue"

@@ -37,6 +37,14 @@ def test_loss_of_each_embedding_is_its_cross_entropy_with_shared_titles() -> Non
     assert table.counts == {"images": 5} and table.unit == "nats"
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_temperature_that_is_not_finite_is_a_reason_for_no_table(scale: float) -> None:
+    same = F.normalize(torch.ones(5, 8), dim=-1)
+    assert image_text_loss(features(same, same), torch.tensor(scale)) == (
+        f"the temperature that the run has learnt is not finite (scale {scale})"
+    )
+
+
 def test_constant_embeddings_have_the_loss_of_chance() -> None:
     same = F.normalize(torch.ones(5, 8), dim=-1)
     table = image_text_loss(features(same, same), torch.tensor(100.0))

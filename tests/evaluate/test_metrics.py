@@ -1,6 +1,7 @@
 """Metric functions against hand-made cases, and chance formulas against the mean over all rankings."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -101,6 +102,37 @@ def test_perfect_embeddings_score_one_and_unanswerable_queries_are_left_out() ->
     scores = retrieval_scores(eye, eye[:3].repeat(5, 1), np.arange(4), np.tile(np.arange(3), 5), average=True)
     assert set(scores.values()) == {1.0}
     assert list(scores) == ["mAP@1", "mAP@5", "mAP@10", "R@1", "R@5", "R@10"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["query", "gallery"])
+def test_a_row_that_is_not_finite_is_refused(side: str, bad: float) -> None:
+    """Ranked, one NaN stands first for every query: mAP@1 of the others goes from 1.0 to 0.1."""
+    queries, gallery = torch.eye(4), torch.eye(4)
+    (queries if side == "query" else gallery)[2, 1] = bad
+    with pytest.raises(ValueError, match="1 of 4 (queries|gallery) are not finite"):
+        retrieval_scores(queries, gallery, np.arange(4), np.arange(4), average=True)
+    with pytest.raises(ValueError, match="not finite"):
+        top_matches(queries, gallery, 3)
+
+
+def test_scores_without_a_positive_are_refused_instead_of_nan() -> None:
+    eye, nobody, empty = torch.eye(3), np.full(3, 9), np.array([], dtype=np.int64)
+    for query_labels, queries in ((np.arange(3), eye), (empty, eye[:0])):
+        with pytest.raises(ValueError, match="no query has a match"):
+            retrieval_scores(queries, eye, query_labels, nobody, average=True)
+        with pytest.raises(ValueError, match="no query has a match"):
+            chance_scores(query_labels, nobody, average=False)
+    with pytest.raises(ValueError, match="no query has a match"):
+        retrieval_scores(eye, eye[:0], np.arange(3), empty, average=True)
+
+
+def test_box_iou_of_a_box_that_is_not_finite_is_refused() -> None:
+    good, bad = np.array([0.0, 0, 10, 10]), np.array([[0.0, 0, math.nan, 10]])
+    for a, b in ((good, bad), (bad, good), (good, np.full(4, np.inf))):
+        with pytest.raises(ValueError, match="a box is not finite"):
+            box_iou(a, b)
+    assert box_iou(np.zeros(4), np.zeros(4)) == 0
 
 
 def test_count_positives() -> None:
