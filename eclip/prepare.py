@@ -93,10 +93,17 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     record, notes = ranks.from_main(lambda: _data_record(config, index))
     checkpoint = None
     if saved is not None:
-        notes += ranks.from_main(lambda: _check_same_data(config, record))
+        record, changed = ranks.from_main(lambda: _check_same_data(config.run_dir, record))
+        notes += changed
         checkpoint = find_checkpoint(config.run_dir, ranks)
         assert checkpoint is not None
-        notes += _describe_resume(_absolute(saved), config, checkpoint)
+        saved = _absolute(saved)
+        _require_steps(config, checkpoint)
+        if checkpoint.state["step"] == config.steps:
+            notes += (f"all {config.steps} steps are done",)
+            config = _as_trained(saved, config)
+        changes = describe_changes(saved, config)
+        notes += () if changes is None else (changes,)
     tokenizer = ranks.from_main(lambda: _tokenizer(config, index, checkpoint))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
     ranks.from_main(lambda: _take_folder(config, checkpoint, hold))
@@ -118,6 +125,11 @@ def _check_batch(config: RunConfig, ranks: Ranks) -> None:
         raise ValueError(
             f"global_batch_size={size} does not divide over {ranks.world_size} ranks; "
             f"set --global-batch-size to a multiple of {ranks.world_size}"
+        )
+    if config.model.kernels == "reference" and ranks.world_size > 1:
+        raise ValueError(
+            f"--kernels reference compares on one rank, these are {ranks.world_size}; start without torchrun, or use "
+            f"--kernels auto"
         )
     if config.objective.objective == "eclip" and size < queries:
         raise ValueError(
@@ -180,35 +192,42 @@ def _data_record(config: RunConfig, index: ShardIndex) -> tuple[dict[str, Any], 
     return {"data_dir": str(config.data.data_dir), "fingerprints": fingerprints}, tuple(notes)
 
 
-def _check_same_data(config: RunConfig, record: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse to resume on another catalogue; notes on other splits that changed."""
-    begun = read_data_record(config.run_dir)
+def _check_same_data(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The run's data.json, completed by `record`, and notes on other splits that changed since it began.
+
+    Raises ValueError for another catalogue.
+    """
+    begun = read_data_record(run_dir)
     if begun is None:  # the loader's state in the checkpoint knows the train split too
-        return ()
+        return record, ()
     old, new = begun["fingerprints"], record["fingerprints"]
     if old.get("train") != new["train"]:
         raise ValueError(
-            f"{config.data.data_dir}: its train split is not the one that {config.run_dir} began with (fingerprint "
+            f"{record['data_dir']}: its train split is not the one that {run_dir} began with (fingerprint "
             f"{new['train']}, the run's is {old.get('train')}, of {begun.get('data_dir')}); give its --data-dir, or "
             f"another --run-dir"
         )
-    return tuple(
+    notes = tuple(
         f"the {split} split is not the one that the run began with (fingerprint {old[split]} -> {new[split]})"
         for split in ("val", "test")
         if split in old and split in new and old[split] != new[split]
     )
+    return {"data_dir": record["data_dir"], "fingerprints": {**new, **old}}, notes
 
 
-def _describe_resume(saved: RunConfig, config: RunConfig, checkpoint: Found) -> tuple[str, ...]:
-    """Lines about a resume. Raises ValueError when more steps are done than asked for."""
+def _require_steps(config: RunConfig, checkpoint: Found) -> None:
     done, steps = checkpoint.state["step"], config.steps
     if done > steps:
         raise ValueError(
             f"{config.run_dir}: {done} steps are done, --steps {steps} asks for fewer: nothing is left to train; give "
             f"--steps above {done}, or evaluate it (python -m eclip.evaluate --checkpoint {config.run_dir})"
         )
-    lines = [describe_changes(saved, config), f"all {steps} steps are done" if done == steps else None]
-    return tuple(line for line in lines if line is not None)
+
+
+def _as_trained(saved: RunConfig, config: RunConfig) -> RunConfig:
+    """The settings of a run that is complete: flags that no step was taken with are none of its own."""
+    data = dataclasses.replace(saved.data, data_dir=config.data.data_dir)
+    return dataclasses.replace(saved, run_dir=config.run_dir, resume=True, steps=config.steps, data=data)
 
 
 def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -> WordPiece:

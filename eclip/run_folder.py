@@ -79,8 +79,9 @@ def own(run_dir: Path) -> Iterator[None]:
         finally:
             if made and os.listdir(run_dir) == [LOCK]:
                 lock.unlink()
-                for folder in made:
-                    folder.rmdir()
+                with suppress(OSError):  # another run has begun in a folder above
+                    for folder in made:
+                        folder.rmdir()
 
 
 def refuse_busy(run_dir: Path) -> None:
