@@ -16,7 +16,7 @@ from .shard_swap import SPLITS
 def check_shares(val: float, test: float) -> None:
     """Raise ValueError unless both are at least 0 and leave something for train."""
     if not (val >= 0 and test >= 0 and val + test < 1):  # also for NaN
-        raise ValueError(f"val={val:g}, test={test:g}: expected shares of at least 0 with a sum below 1")
+        raise ValueError(f"val={val}, test={test}: expected shares of at least 0 with a sum below 1")
 
 
 def _position(catalog: str) -> float:
@@ -41,9 +41,13 @@ def require_entries(catalogs: Iterable[str], val: float, test: float) -> None:
     empty = [split for split in wanted if not found[split]]
     if empty:
         raise ValueError(
-            f"--val {val:g} --test {test:g} leave {' and '.join(empty)} without any of {len(entries)} catalog entries "
-            f"(a hash of its id places each); {_way_out(entries, val, test)}"
+            f"with {_flags(val, test)} split {' and '.join(empty)} would be without a product (a hash of its id places "
+            f"each of {len(entries)} catalog entries); {_way_out(entries, val, test)}"
         )
+
+
+def _flags(val: float, test: float) -> str:
+    return " ".join(f"--{name} {share:g}" for name, share in (("val", val), ("test", test)) if share)
 
 
 def _way_out(entries: set[str], val: float, test: float) -> str:
@@ -58,7 +62,7 @@ def _way_out(entries: set[str], val: float, test: float) -> str:
             if whole and (best is None or abs(v - val) + abs(t - test) < best[0]):
                 best = (abs(v - val) + abs(t - test), v, t)
     if best is None:
-        return "leave one out, or add products"
+        return "no shares would do: leave one out, or add products"
     counts = Counter(_split(position, best[1], best[2]) for position in positions)
     given = ", ".join(f"{split} {counts[split]}" for split in SPLITS if counts[split])
-    return f"--val {best[1]:g} --test {best[2]:g} give {given}"
+    return f"{_flags(best[1], best[2])} would give {given}"

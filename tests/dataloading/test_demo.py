@@ -276,9 +276,7 @@ def test_a_stopped_run_leaves_the_shards_of_before(shards: Path, tmp_path: Path)
 
 def test_composing_processes_die_with_a_killed_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eclip.dataloading.demo", "--out", str(tmp_path), "--workers", "2"]
-    with subprocess.Popen(
-        command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as run:
+    with subprocess.Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             _wait_for(lambda: list(tmp_path.glob(".packing/*.tar")) or run.poll() is not None)
             children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
