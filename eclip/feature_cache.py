@@ -40,7 +40,7 @@ _CROP_SEED = 0  # not the run's: runs of other seeds choose among the same views
 _STREAM_VIEW, _STREAM_OTHER_VIEW = 1000, 1001
 _IMAGES, _TITLES = 32, 64  # at a time; part of what makes a continued cache bit-equal
 _HINT = (
-    "free some, ask for fewer --cached-views, or use another folder (--data-dir; --cache-dir when evaluating) "
+    "use another folder (it lies in --data-dir; --cache-dir when evaluating), fewer --cached-views, "
     "or no cache (--no-cache-features)"
 )
 _SHOWN = 5  # names in a message

@@ -70,8 +70,8 @@ class Filling:
     """Beyond what the file's name says: an unfinished array of other settings is not continued."""
     label: str = "computing"
     unit: str = "item"
-    hint: str = "free some or choose another folder"
-    """The way out when there is no room."""
+    hint: str = "use another folder"
+    """The way out when there is no room or no permission."""
     progress: bool = True
 
     def open(self) -> np.memmap:
@@ -181,14 +181,14 @@ class Filling:
     def _fill(self) -> None:
         """Compute the parts that nobody has, wait for those of others, give the array its name."""
         with contextlib.ExitStack() as stack:
-            try:
-                with self._told():
+            with self._told():
+                try:
                     record = os.open(self._beside("progress"), os.O_RDWR)
                     stack.callback(os.close, record)
                     data = os.open(self._beside("partial"), os.O_RDWR)
                     stack.callback(os.close, data)
-            except FileNotFoundError:  # a process that met an error has just removed them
-                return
+                except FileNotFoundError:  # a process that met an error has just removed them
+                    return
             bar = stack.enter_context(
                 tqdm(
                     total=self.shape[0],
@@ -289,8 +289,6 @@ class Filling:
         """Turn an error of the disk into one line."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise CannotStore(f"{self.path}: cannot be used ({error.strerror}); {self.hint}") from error
@@ -300,5 +298,5 @@ class Filling:
                 kept = f"; what is computed stays in {self._beside('partial').name} and the next start continues"
             raise CannotStore(
                 f"{self.path}: {error.strerror}: it needs {in_bytes(self._size)} and {in_bytes(free)} are free there; "
-                f"{self.hint}{kept}"
+                f"free some, or {self.hint}{kept}"
             ) from error

@@ -207,7 +207,7 @@ def test_no_room_is_one_line_before_the_work(tmp_path: Path, number: int, monkey
         filling(tmp_path, compute, shape=(50_000_000, 30), hint="go elsewhere").open()
     line = str(refusal.value)
     assert line.startswith(f"{tmp_path / 'x.npy'}: {os.strerror(number)}: it needs 3.0 GB and ") and "\n" not in line
-    assert "are free there; go elsewhere" in line and compute.computed == []
+    assert "are free there; free some, or go elsewhere" in line and compute.computed == []
     assert left(tmp_path) == set()
 
 
@@ -255,11 +255,12 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_what_is_done(tmp_path: Path, m
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CannotStore, match=r"x.npy: cannot be used \(Not a directory\); free some"):
+    with pytest.raises(CannotStore, match=r"x.npy: cannot be used \(Not a directory\); use another folder"):
         filling(tmp_path / "file" / "below", Recorder()).open()
-    monkeypatch.setattr(Path, "mkdir", _failing(errno.EROFS))
-    with pytest.raises(CannotStore, match=r"cannot be used \(Read-only file system\)"):
-        filling(tmp_path / "readonly", Recorder()).open()
+    for number in (errno.EROFS, errno.EACCES, errno.ENOENT):  # ENOENT: as below /proc
+        monkeypatch.setattr(Path, "mkdir", _failing(number))
+        with pytest.raises(CannotStore, match=rf"x.npy: cannot be used \({os.strerror(number)}\)"):
+            filling(tmp_path / "readonly", Recorder()).open()
 
 
 def test_what_compute_refuses_is_not_kept(tmp_path: Path) -> None:

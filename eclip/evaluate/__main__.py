@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from eclip.evaluate.run import evaluate_run
+from eclip.presets import _one_line_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m eclip.evaluate")
+    with _one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m eclip.evaluate")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # keys and titles may hold what the terminal has not
