@@ -1,40 +1,34 @@
 """The index of a packed split: where every image lies in the tars, and the facts that sampling needs.
 
-Shards are plain WebDataset tars `<split>-000000.tar`, ...: a sample is a run of members sharing the part of their name
-before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers and the JSONs gives
-an index of about 40 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar changes.
-Images are then read by offset, one `pread` each, in any order and from any process.
+Shards are plain WebDataset tars `<split>-000000.tar`, ...: a sample is the members sharing the part of their name
+before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers (tars.py) and the
+JSONs gives an index of about 40 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar
+changes. Images are then read by offset, one `pread` each, in any order and from any process (open_tars.py).
 
 The scan is also the check before training: a missing, truncated or overwritten tar, an empty catalogue, a JSON without
 a title raise ValueError in one line that names the file and the rule.
 """
 
 import hashlib
-import io
 import logging
 import os
 import re
-import tarfile
-import threading
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import DataError
+from .open_tars import OpenTars
 from .schema import SOURCES, ImageRecord, Product
 from .shard_swap import require_finished
+from .tars import Span, is_image, is_json, read_samples
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-_VERSION = 1
-_BLOCK = 512  # tar works in blocks of 512 bytes
-_OPEN_TARS = 256  # open files kept per process; 1024 is the usual limit
-Span = tuple[int, int]
-"""Offset and size in a tar, bytes."""
+_VERSION = 2
 
 
 def stable_hash(text: str) -> int:
@@ -87,50 +81,24 @@ def find_tars(data_dir: Path, split: str) -> list[Path]:
     return [found[i] for i in sorted(found)]
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Span]]]:
-    """Samples of a tar in order: key, and the span of each member by the rest of its name ("json", "000.jpg")."""
-    size = path.stat().st_size
-    key, members = "", {}  # type: str, dict[str, Span]
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.isfile():
-                    folder, name = os.path.split(info.name)
-                    stem, _, suffix = name.partition(".")
-                    sample = f"{folder}/{stem}" if folder else stem
-                    if sample != key:
-                        if members:
-                            yield key, members
-                        key, members = sample, {}
-                    members[suffix] = (info.offset_data, info.size)
-                    if info.offset_data + info.size > size:
-                        break
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole tar ({error}): truncated or damaged, copy or pack it again") from None
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(_BLOCK)
-    if end > size or len(block) < _BLOCK:
-        raise ValueError(f"{path}: truncated at {size} bytes (no end-of-archive mark); copy or pack it again")
-    if any(block):
-        raise ValueError(f"{path}: damaged header at byte {end}; the rest is unreadable, copy or pack it again")
-    if members:
-        yield key, members
-
-
-def _records(product: Product, members: Mapping[str, Span], where: str) -> list[ImageRecord]:
+def _records(product: Product, members: Mapping[str, Span], where: str) -> list[tuple[ImageRecord, Span]]:
     """The images of a sample: those its JSON describes, in that order, then the tar's others with default facts."""
-    described = {record.file: record for record in product.images}
-    present = [suffix for suffix in members if suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
-    for file, record in described.items():
-        if file not in members:
-            raise ValueError(f"{where}: describes image {file!r}, which the tar does not hold")
+    small = {suffix.lower(): suffix for suffix in members}
+    records = []
+    left = {suffix: None for suffix in members if is_image(suffix)}
+    for record in {record.file: record for record in product.images}.values():
+        held = record.file if record.file in members else small.get(record.file.lower())
+        if held is None:
+            raise ValueError(f"{where}: describes image {record.file!r}, which the tar does not hold")
         if record.source not in SOURCES:
-            raise ValueError(f"{where}: image {file!r} has source {record.source!r}; use one of {', '.join(SOURCES)}")
-    if not present:
+            raise ValueError(
+                f"{where}: image {record.file!r} has source {record.source!r}; use one of {', '.join(SOURCES)}"
+            )
+        left.pop(held, None)
+        records.append((record, members[held]))
+    if not any(is_image(suffix) for suffix in members):
         raise ValueError(f"{where}: the product has no image; every product needs at least one")
-    return [*described.values(), *(ImageRecord(file=file) for file in present if file not in described)]
+    return [*records, *((ImageRecord(file=file), members[file]) for file in left)]
 
 
 class _Builder:
@@ -149,15 +117,18 @@ class _Builder:
         self.categories: dict[str, int] = {}
         self.digest = hashlib.sha256()
 
-    def add(self, shard: int, path: Path, key: str, members: Mapping[str, Span]) -> None:
+    def add(self, shard: int, file: BinaryIO, path: Path, key: str, members: Mapping[str, Span]) -> None:
         where = f"{path}: {key}.json"
-        if "json" not in members:
-            raise ValueError(f"{where} is missing; every sample needs its JSON next to its images")
+        span = next((span for suffix, span in members.items() if is_json(suffix)), None)
+        if span is None:
+            raise ValueError(
+                f"{where} is missing; every sample needs its JSON next to its images (found: "
+                f"{', '.join(f'{key}.{suffix}' for suffix in list(members)[:3])}; a key ends at the first dot)"
+            )
         if key in self.keys:
             raise ValueError(f"{where}: the key occurs twice in the split; keys must be unique")
-        with path.open("rb") as file:
-            file.seek(members["json"][0])
-            data = file.read(members["json"][1])
+        file.seek(span[0])
+        data = file.read(span[1])
         try:
             product = Product.from_json(data, where=where)
         except (TypeError, KeyError, AttributeError) as error:
@@ -166,16 +137,16 @@ class _Builder:
         self.digest.update(data)
         self.keys[key] = len(self.keys)
         put = {
-            "product_shard": shard, "json_offset": members["json"][0], "json_size": members["json"][1],
+            "product_shard": shard, "json_offset": span[0], "json_size": span[1],
             "product_ids": stable_hash(product.product), "catalog_ids": stable_hash(product.catalog),
             "category": self.categories.setdefault(product.category, len(self.categories)), "num_images": len(records),
         }  # fmt: skip
         for name, value in put.items():
             self.columns[name].append(value)
-        for record in records:
+        for record, (offset, size) in records:
             title = record.title.strip() or product.title
             put = {
-                "image_offset": members[record.file][0], "image_size": members[record.file][1],
+                "image_offset": offset, "image_size": size,
                 "image_source": SOURCES.index(record.source),
                 "image_sku": stable_hash(record.sku or product.product),
                 "image_title": self.titles.setdefault(title, len(self.titles)),
@@ -210,17 +181,21 @@ def _load(path: Path) -> dict[str, NDArray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return arrays if int(arrays["version"]) == _VERSION else None
+    except Exception:  # of many kinds, by the kind of damage; the tars hold all that it holds
         return None
-    return arrays if int(arrays.get("version", -1)) == _VERSION else None
 
 
 def _build(tars: Sequence[Path]) -> dict[str, NDArray]:
     builder = _Builder()
     stamp = _stamp(tars)
     for shard, path in enumerate(tars):
-        for key, members in _samples(path):
-            builder.add(shard, path, key, members)
+        try:
+            with path.open("rb") as file:
+                for key, members in read_samples(file, path).items():
+                    builder.add(shard, file, path, key, members)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); copy or pack it again") from error
     if not builder.keys:
         raise ValueError(f"{tars[0]}: the catalogue is empty; pack at least one product")
     return {"version": np.array(_VERSION), "stamp": stamp, **builder.arrays()}
@@ -268,8 +243,7 @@ class ShardIndex:
         self._image_span = (arrays["image_offset"], arrays["image_size"])
         self._json_span = (arrays["json_offset"], arrays["json_size"])
         self.fingerprint = arrays["fingerprint"].tobytes().hex()
-        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open = OpenTars(self.tars, [(int(size), int(changed)) for size, changed in arrays["stamp"]])
 
     @classmethod
     def open(cls, data_dir: Path, split: str) -> "ShardIndex":
@@ -316,30 +290,16 @@ class ShardIndex:
         return int(np.searchsorted(self.image_start, row, side="right")) - 1
 
     def product(self, p: int) -> Product:
-        """The whole record of a product, read from its tar."""
-        where = f"{self.tars[self.product_shard[p]]}: {self._keys[p]}.json"
-        data = self._read(self.product_shard[p], self._json_span[0][p], self._json_span[1][p])
-        return Product.from_json(data, where=where)
+        """The whole record of a product, read from its tar. Raises DataError when that has changed."""
+        shard, name = int(self.product_shard[p]), f"{self._keys[p]}.json"
+        data = self._open.read(shard, int(self._json_span[0][p]), int(self._json_span[1][p]), name)
+        return Product.from_json(data, where=f"{self.tars[shard]}: {name}")
 
     def read_image(self, row: int) -> bytes:
-        """The stored bytes of an image."""
-        shard = self.product_shard[self.product_of(row)]
-        return self._read(shard, self._image_span[0][row], self._image_span[1][row])
-
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        with self._lock:
-            file = self._open.pop(int(shard), None) or io.FileIO(self.tars[shard])
-            self._open[int(shard)] = file
-            if len(self._open) > _OPEN_TARS:
-                self._open.popitem(last=False)  # closed when its last reader lets go
-        return os.pread(file.fileno(), int(size), int(offset))
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        """The stored bytes of an image. Raises DataError when its tar was cut, replaced or deleted since."""
+        shard = int(self.product_shard[self.product_of(row)])
+        offset, size = int(self._image_span[0][row]), int(self._image_span[1][row])
+        return self._open.read(shard, offset, size, self.image_key(row))
 
     def __repr__(self) -> str:
         return f"ShardIndex({self.data_dir}, {self.split!r}: {self.num_products} products, {self.num_images} images)"
