@@ -27,6 +27,7 @@ _LOST = re.compile(
 )
 _TELL_SECONDS = 10.0  # for a peer that is failing to say why; one that has left has said it before
 _AGREE_SECONDS = 2.0
+_SILENT_SECONDS = 2.5  # living ranks give a sign of life a second
 _YIELD_SECONDS = 0.5  # what is wrong on all ranks alike is for rank 0 to say
 
 
@@ -55,7 +56,7 @@ def conclude(
             return say_stopped(stop.signum, stopped, speaks=watch.rank == 0)
         lost = True  # torchrun ends the ranks that are left when one was killed
     if lost:
-        silent = watch.silent()
+        silent = watch.silent(wait=_SILENT_SECONDS)
         who = f"{watch.name(silent)} left without a word (killed?)" if silent else f"ranks lost each other: {error}"
         goes_on = "torchrun starts it again" if restart_is_left() else "--resume continues it"
         return _speak(f"error: {_one_line(who)}; the run stops, {goes_on} from the newest checkpoint", watch)

@@ -52,6 +52,7 @@ class StopSignals:
         self._raises, self._handled = True, False
         self._arrived: float | None = None  # time.monotonic() of the first SIGTERM or SIGINT
         self._unanswered: tuple[int, float] | None = None
+        self._nudges = 0
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
@@ -93,7 +94,7 @@ class StopSignals:
     def pass_on(self, signum: int) -> None:
         """Another rank got a signal: do here, from any thread, what it would do."""
         if self.signum is None:
-            signal.pthread_kill(threading.main_thread().ident or 0, signum)
+            _signal_main_thread(signum)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled = True
@@ -116,6 +117,9 @@ class StopSignals:
             self._end_when_stuck()
 
     def _arrive(self, number: int) -> None:
+        if self._nudges:
+            self._nudges -= 1
+            return
         now = time.monotonic()
         if self._unanswered is None:
             self._unanswered = (number, now)
@@ -132,12 +136,21 @@ class StopSignals:
         if self._unanswered is None or self._handled:
             return
         number, since = self._unanswered
-        if time.monotonic() - since > GRACE_SECONDS:
+        waited = time.monotonic() - since
+        if waited > _TICK:
+            # The kernel may have given the signal to another thread, which does not end a wait of the main one.
+            self._nudges += 1
+            _signal_main_thread(number)
+        if waited > GRACE_SECONDS:
             _leave_at_once(
                 number,
                 f"not answered within {GRACE_SECONDS:g} s (a device, a disk or a peer that hangs): stopped at once; "
                 f"what the run saved before is whole",
             )
+
+
+def _signal_main_thread(number: int) -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _leave_at_once(number: int, why: str) -> None:

@@ -71,6 +71,8 @@ def begun_by_this_launch(run_dir: Path) -> bool:
         recorded = json.loads((run_dir / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    if not isinstance(recorded, dict):
+        return False
     mine = _launch()
     return recorded == mine or (_restart_count() > 0 and recorded.get("run_id") == mine["run_id"])
 

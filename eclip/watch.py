@@ -17,7 +17,6 @@ from .rendezvous import Meeting
 from .torchrun import under_torchrun, write_error_file
 
 INTERVAL = 1.0
-_SILENT_SECONDS = 2.5
 _LEAVE_SECONDS = 10.0  # between another rank's failure and the end of a main thread that stands in a collective
 
 
@@ -101,7 +100,7 @@ class Watch:
             time.sleep(0.05)
         return False
 
-    def silent(self, *, wait: float = _SILENT_SECONDS) -> list[int]:
+    def silent(self, *, wait: float) -> list[int]:
         """Ranks that give no sign of life for `wait` seconds; [] too when the store cannot tell."""
         try:
             before = self._read_beats(range(len(self.members)))
@@ -132,7 +131,7 @@ class Watch:
                 self._on_stop(self._stop or signal.SIGTERM)
                 return
             try:
-                self._look(beat, min(time.monotonic() - looked, 2 * INTERVAL))
+                self._look(beat, time.monotonic() - looked)
             except RuntimeError:  # the store is gone, with rank 0 or with the launcher
                 self._on_stop(self._stop or signal.SIGTERM)
                 return
@@ -156,7 +155,8 @@ class Watch:
         self._look_at_others(elapsed)
 
     def _look_at_others(self, elapsed: float) -> None:
-        # Ages grow by what this thread saw pass: when the whole job was suspended, nobody is blamed afterwards.
+        # When the whole job was suspended for hours, nobody is to blame afterwards.
+        elapsed = min(elapsed, 2 * INTERVAL)
         found = self._read_beats(list(self._ages))
         for rank, beat in found.items():
             self._ages[rank] = self._ages[rank] + elapsed if beat == self._beats.get(rank) else 0.0
