@@ -1,0 +1,275 @@
+"""The records of a CSV or JSON-lines file, one at a time, with the line each begins at.
+
+CSV is read strictly: Python's reader takes an unclosed quote for a cell that holds the rest of the file.
+"""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from .table_text import TextFile
+from .table_values import shown, strip
+
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+MAX_CELL = 1 << 24
+"""Characters of a cell; a longer one is an unclosed quote, and would fill the memory with the rest of the table."""
+
+_SNIFFED_LINES = 200
+_EXCEL_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)
+
+
+class Record(NamedTuple):
+    """The named cells of one row, or the fault for which it is left out."""
+
+    line: int
+    cells: dict[str, Any]
+    fault: str = ""
+    detail: str = ""
+
+
+class Source(Protocol):
+    """A table's records by column name; each call of `records` reads the file anew."""
+
+    text: TextFile
+    columns: tuple[str, ...] | None
+    """As in the header; None for JSON lines, whose keys may differ from line to line."""
+
+    def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
+        """The rows with the cells of the wanted columns (all by default). Raises ValueError naming the line."""
+
+    def describe(self) -> str:
+        """The kind of table, for a report."""
+
+
+@dataclass(frozen=True)
+class CsvSource:
+    """A delimited table; see `open_csv`."""
+
+    text: TextFile
+    columns: tuple[str, ...]
+    separator: str
+    quotes: bool
+    labels: tuple[str, ...] = field(repr=False)
+    """A name for each cell of the header, "" for those without; a name's second column is called "name (2)"."""
+
+    def describe(self) -> str:
+        named = next((name for name, letter in SEPARATORS.items() if letter == self.separator), repr(self.separator))
+        return f"separator {named}" + ("" if self.quotes else ", no quotes")
+
+    def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
+        """Rows whose number of cells is the header's; cells beyond it must be empty, those of no name may lack."""
+        places = [(i, name) for i, name in enumerate(self.labels) if name and (wanted is None or name in wanted)]
+        width = len(self.labels)
+        least = max((i + 1 for i, name in enumerate(self.labels) if name), default=0)
+        rows = _data_rows(self.text, self.separator, self.quotes)
+        next(rows, None)
+        for line, lines, cells in rows:
+            count = len(cells)
+            if not any(cell.strip() for cell in cells):
+                yield Record(line, {}, "empty row")
+            elif count > width and any(cell.strip() for cell in cells[width:]):
+                yield Record(line, {}, "more cells than the header", f"{count} instead of {width}")
+            elif count < least:
+                yield Record(line, {}, "fewer cells than the header", f"{count} instead of {width}")
+            elif lines > 1 and (name := self._swallows(cells, places)):
+                yield Record(
+                    line, {}, f"{name} seems to hold whole rows: a quote that is not closed?", f"{lines} lines"
+                )
+            else:
+                yield Record(line, {name: cells[i] for i, name in places})
+
+    def _swallows(self, cells: list[str], places: list[tuple[int, str]]) -> str:
+        """The column of a cell that looks like the end of one row and the begin of another, or ""."""
+        for place, name in places:
+            inner = cells[place].splitlines()
+            after, before = len(self.labels) - 1 - place, place
+            if len(inner) < 2 or after + before < 2:
+                continue
+            if inner[0].count(self.separator) == after and inner[-1].count(self.separator) == before:
+                return name
+        return ""
+
+
+@dataclass(frozen=True)
+class JsonSource:
+    """JSON lines: an object a line."""
+
+    text: TextFile
+    columns: None = None
+
+    def describe(self) -> str:
+        return "JSON lines"
+
+    def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
+        path = self.text.path
+        for line, text in enumerate(self.text.lines(), start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text, object_pairs_hook=_object)
+            except _RepeatedKeyError as repeated:
+                yield Record(line, {}, "a key occurs twice", shown(str(repeated)))
+                continue
+            except (ValueError, RecursionError) as error:
+                reason = "JSON lines hold an object a line; " + _ARRAY if text.lstrip().startswith("[") else str(error)
+                raise ValueError(f"{path}, line {line}: not valid JSON ({reason})") from error
+            if not isinstance(row, dict):
+                wrong = f"expected a JSON object, found {type(row).__name__}"
+                raise ValueError(f"{path}, line {line}: {wrong}" + (f"; {_ARRAY}" if isinstance(row, list) else ""))
+            yield Record(line, {k: v for k, v in row.items() if wanted is None or k in wanted})
+
+
+_ARRAY = "an array becomes lines by: jq -c '.[]' table.json > table.jsonl"
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def open_csv(
+    text: TextFile, *, separator: str | None, quotes: bool, tabs: bool, known: Callable[[Sequence[str]], int]
+) -> CsvSource:
+    """A delimited table with its header read and, unless given, its separator found.
+
+    tabs: whether a tab wins among equals. known: how many of a header's names are understood, which tells separators
+    apart. Raises ValueError when there is no header.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))
+    separator = separator or _excel_separator(text) or _sniff(text, quotes, tabs, known)
+    first = next(_data_rows(text, separator, quotes), None)
+    if first is None:
+        raise ValueError(f"{text.path}: empty; expected a table whose first line names the columns")
+    labels: list[str] = []
+    for name in map(strip, first[2]):
+        count = sum(label == name or label.startswith(f"{name} (") for label in labels) if name else 0
+        labels.append(f"{name} ({count + 1})" if count and name in labels else name)
+    return CsvSource(text, tuple(filter(None, labels)), separator, quotes, tuple(labels))
+
+
+def _rows(
+    lines: Iterator[str], path: Path, separator: str, quotes: bool, first: int
+) -> Iterator[tuple[int, int, list[str]]]:
+    """First line, number of lines and cells of each record; [] for a blank line. `first` is the first line's number."""
+    held: list[str] = []
+
+    def feed() -> Iterator[str]:
+        for line in lines:
+            held.append(line.replace("\0", "\x1a"))  # Python 3.10's reader raises at NUL; either is a control character
+            yield held[-1]
+
+    reader = csv.reader(
+        feed(),
+        delimiter=separator,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        skipinitialspace=separator != " ",  # a quote after a blank opens a cell too
+    )
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(_broken(error, path, first, "".join(held), separator)) from error
+        yield first, len(held), cells
+        first += len(held)
+        held.clear()
+
+
+def _data_rows(text: TextFile, separator: str, quotes: bool) -> Iterator[tuple[int, int, list[str]]]:
+    """The header and the rows, without blank lines and Excel's `sep=;` line."""
+    lines, first = text.lines(), 1
+    for line in lines:
+        if line.strip("\ufeff \t\r\n") and not _EXCEL_LINE.fullmatch(line.lstrip("\ufeff")):
+            break
+        first += 1
+    else:
+        return
+
+    def rest() -> Iterator[str]:
+        yield line.lstrip("\ufeff")
+        yield from lines
+
+    for begin, count, cells in _rows(rest(), text.path, separator, quotes, first):
+        if len(cells) > 1 or (cells and cells[0].strip()):
+            yield begin, count, cells
+
+
+def _broken(error: csv.Error, path: Path, first: int, text: str, separator: str) -> str:
+    """The line at which the cell that the reader could not end begins, and what is wrong with it."""
+    begin = _last_cell(text, separator)
+    before = text[:begin]
+    line = first + before.count("\n") + before.count("\r") - before.count("\r\n")
+    if "field larger" in str(error):
+        wrong = f"a cell begins here and does not end within {MAX_CELL // 10**6} million characters: close its quote"
+    elif "expected after" in str(error):
+        wrong = "the quoted cell that begins here has text after its closing quote"
+    elif "unexpected end" in str(error):
+        wrong = "the quoted cell that begins here never ends: close its quote"
+    else:
+        return f"{path}, line {line}: not valid CSV ({error})"
+    cell = shown(text[begin : begin + 40].splitlines()[0])
+    return (
+        f"{path}, line {line}: {wrong}, or double each quote that belongs to the text "
+        f'(24"" monitor), or give --no-quotes where quotes are letters; it begins {cell}'
+    )
+
+
+def _last_cell(text: str, separator: str) -> int:
+    """Where the last cell begins of a record that the reader gave up in."""
+    position = 0
+    while True:
+        begin = position
+        while text[position : position + 1] == " " != separator:
+            position += 1
+        if text[position : position + 1] == '"':
+            end = text.find('"', position + 1)
+            while end >= 0 and text[end + 1 : end + 2] == '"':
+                end = text.find('"', end + 2)
+            if end < 0 or text[end + 1 : end + 2] != separator:
+                return position
+            position = end + 2
+        else:
+            position = text.find(separator, begin) + 1
+            if not position:
+                return begin
+
+
+def _excel_separator(text: TextFile) -> str | None:
+    first = next((line.lstrip("\ufeff") for line in text.lines() if line.strip("\ufeff \t\r\n")), "")
+    excel = _EXCEL_LINE.fullmatch(first)
+    return excel[1] if excel else None
+
+
+def _sniff(text: TextFile, quotes: bool, tabs: bool, known: Callable[[Sequence[str]], int]) -> str:
+    """The separator under which the header is understood best, the rows agree with it, and it has most columns."""
+    lines = list(islice(text.lines(), _SNIFFED_LINES))
+    order = sorted(SEPARATORS.values(), key=lambda letter: letter != "\t") if tabs else list(SEPARATORS.values())
+
+    def score(separator: str) -> tuple[int, float, int]:
+        counts: list[int] = []
+        names: list[str] = []
+        try:
+            for _, _, cells in _rows(iter(lines), text.path, separator, quotes, 1):
+                if any(cell.strip("\ufeff \t") for cell in cells):
+                    names = names or [strip(cell) for cell in cells]
+                    counts.append(len(cells))
+        except ValueError:  # here or after the lines looked at: said when the table is read
+            pass
+        alike = sum(count == len(names) for count in counts) / len(counts) if counts else 0.0
+        return (known(names), alike, len(names)) if len(names) > 1 else (0, 0.0, 0)
+
+    return max(order, key=score)
