@@ -1,151 +1,47 @@
-"""Write WebDataset shards: `<split>-000000.tar` ... with `<key>.json` and `<key>.000.jpg`, ... for each product.
-
-`write_shards` is the format. The command packs a user's own catalogue, a table and a folder of images:
+"""Pack a user's own catalogue, a table and a folder of images, into shards:
 
     python -m eclip.dataloading.pack --table catalog.csv --images photos --out data/shop --val 0.05 --test 0.05
 
-The table is CSV or TSV with a header, or JSON lines; a product's rows need not stand together. Required columns:
-`product`, `title`, `category`, `image` (path below the image folder; several separated by `|`, in JSON lines also a
-list). Read when present: `sku`, `source` (detail, customer, ad), `catalog`, `title_<language>`, `attribute_<name>`.
+The table is CSV or TSV with a header, or JSON lines; a product's rows need not stand together. Columns: `product`,
+`title`, `category`, `image` (path below the image folder; several in a cell separated by `|`, in JSON lines also a
+list), and when present `sku`, `source` (detail, customer, ad), `catalog`, `title_<language>`, `attribute_<name>`. Other
+names are recognised or told by --column; how the table was understood is printed before any image is decoded.
 
 Every image is decoded in full, since one that cannot be decoded costs much more during training; what is left out is
-counted and listed with its reason in `rejected.jsonl`. EXIF orientation is baked in and the short side reduced: a
-320 px JPEG decodes three times as fast as a 1 MP one and holds all that 224 px crops can use.
+counted and listed with its reason in `rejected.jsonl`. EXIF orientation is baked in, colours become sRGB and the short
+side is reduced: a batch of 320 px JPEGs is made twice as fast as one of 1 MP photos, and they hold all that 224 px
+crops can use.
+
+All products of a catalog entry are in one split, by a hash of its id. New shards are written aside and take the place
+of an earlier packing's together, when all are whole: until then both need space on the disk, and whatever stops a
+packing, the earlier one stays. `packing.json` beside the shards records what they were packed from.
 """
 
 import argparse
-import csv
+import contextlib
 import hashlib
-import io
 import json
-import re
-import tarfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .schema import SOURCES, ImageRecord, Product
+from .catalog_split import check_shares, require_entries, split_of
+from .command import one_line_errors, say
+from .gather import Draft, gather, to_sample
+from .image_folder import ImageFolder, decoding_threads
+from .images import MIN_SIDE, encode_image
+from .rejection import Rejection
+from .shard_swap import RECORD, REFUSED, REJECTED, listed_tars, own, refuse_foreign, replace_shards, write_record
+from .shard_writer import Sample, image_name, write_shards, write_tars
+from .tables import add_table_arguments, open_table, table_options
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # USTAR names end at 100 bytes
-_MIN_SIDE = 32
-_MAX_PIXELS = 80_000_000  # 240 MB as RGB; beyond it Pillow suspects a decompression bomb
-
-
-def image_name(number: int) -> str:
-    """Name of a product's image in its shard, without the key: "000.jpg"."""
-    return f"{number:03d}.jpg"
-
-
-def _check(product: Product, images: Sequence[bytes], seen: set[str]) -> None:
-    key = product.key
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"key {key!r}: expected 1 to 80 letters, digits, '-' or '_' (in a tar a dot ends the key)")
-    if key in seen:
-        raise ValueError(f"key {key!r} occurs twice; keys are unique within a split")
-    if len(images) != len(product.images) or not images:
-        raise ValueError(f"{key}: {len(images)} images for {len(product.images)} records; give at least one, one each")
-    for number, record in enumerate(product.images):
-        if record.file != image_name(number):
-            raise ValueError(f"{key}: record {number} is called {record.file!r}; expected {image_name(number)!r}")
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    info = tarfile.TarInfo(name)  # mtime, owner and mode stay constant: equal content gives equal bytes
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-    return 512 + -(-len(data) // 512) * 512
-
-
-def write_shards(
-    products: Iterable[tuple[Product, list[bytes]]], data_dir: Path, split: str, *, max_bytes: int = 256 << 20
-) -> list[Path]:
-    """Write products with their encoded images to `data_dir/<split>-NNNNNN.tar`, starting a new tar at `max_bytes`.
-
-    The image files of a product must be named image_name(0), image_name(1), ... in its records. Tars get their names
-    when all are complete; only then older shards of the split and its index are removed. Returns the tars in order.
-    Raises ValueError for bad keys, for records that do not match the images, and when there is no product.
-    """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
-    written: list[Path] = []
-    tar: tarfile.TarFile | None = None
-    size = 0
-    try:
-        for product, images in products:
-            _check(product, images, seen)
-            seen.add(product.key)
-            payload = product.to_json()
-            need = sum(map(len, images)) + len(payload)
-            if tar is None or size + need > max_bytes:
-                if tar is not None:
-                    tar.close()
-                written.append(data_dir / f"{split}-{len(written):06d}.tar.part")
-                tar, size = tarfile.open(written[-1], "w", format=tarfile.USTAR_FORMAT), 0  # noqa: SIM115
-            size += _add(tar, f"{product.key}.json", payload)
-            for number, data in enumerate(images):
-                size += _add(tar, f"{product.key}.{image_name(number)}", data)
-        if tar is None:
-            raise ValueError(f"no product for split {split!r} of {data_dir}: nothing was written")
-        tar.close()
-    except BaseException:
-        if tar is not None:
-            tar.close()
-        for part in written:
-            part.unlink(missing_ok=True)
-        raise
-    for old in [*data_dir.glob(f"{split}-[0-9]*.tar"), data_dir / f"{split}.index.npz"]:
-        old.unlink(missing_ok=True)
-    return [part.rename(part.with_suffix("")) for part in written]
-
-
-def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tuple[bytes, int, int]:
-    """Decode an image in full and encode it again as RGB JPEG, upright, its short side at most `short_side` pixels.
-
-    Transparent pixels become white; of an animation the first frame is kept. Returns the JPEG, its width and height.
-    Raises ValueError with the reason when the image cannot be used.
-    """
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
-                raise ValueError(f"more than {_MAX_PIXELS // 10**6} megapixels")
-            opened.load()
-            picture: Image.Image = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"pixel format {picture.mode}: convert to 8 bits a channel first")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError("file not found") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"more than {_MAX_PIXELS // 10**6} megapixels") from None
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow raises SyntaxError for some broken PNGs
-        raise ValueError(f"cannot be decoded: {str(error).replace(str(path), path.name)}") from None
-    if min(picture.size) < _MIN_SIDE:
-        raise ValueError(f"{picture.width} x {picture.height} px: smaller than {_MIN_SIDE} px")
-    scale = short_side / min(picture.size)
-    if scale < 1:
-        size = (round(picture.width * scale), round(picture.height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=quality)
-    return out.getvalue(), picture.width, picture.height
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A row or an image that was left out, and why."""
-
-    where: str
-    reason: str
+# Also what a program that writes its own shards needs.
+__all__ = ["PackReport", "Refused", "encode_image", "image_name", "main", "pack_catalog", "write_shards"]
 
 
 @dataclass
@@ -158,91 +54,12 @@ class PackReport:
     rejected: list[Rejection] = field(default_factory=list)
 
 
-@dataclass
-class _Draft:
-    """A product gathered from its rows; images are (path, sku, source, title)."""
+class Refused(ValueError):
+    """A packing that wrote no shards; its report tells what was rejected."""
 
-    product: Product
-    images: list[tuple[str, str, str, str]] = field(default_factory=list)
-
-
-def read_table(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .csv, .tsv or .jsonl table as dictionaries. Raises ValueError for other kinds and for broken lines."""
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected a table ending in .csv, .tsv or .jsonl")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        if kind != ".jsonl":
-            yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
-            return
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object")
-            yield row
-
-
-def _text(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
-
-
-def _key(product: str) -> str:
-    """The product's id where it can be a key, else its readable part and a hash."""
-    if _KEY.fullmatch(product):
-        return product
-    digest = hashlib.blake2b(product.encode(), digest_size=6).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', product)[:60]}-{digest}"
-
-
-def _prefixed(row: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in row.items() if k and k.startswith(prefix) and v not in (None, "")}
-
-
-def _gather(table: Path, rejected: list[Rejection]) -> list[_Draft]:
-    drafts: dict[str, _Draft] = {}
-    for number, row in enumerate(read_table(table), start=1):
-        where, name = f"{table.name}, row {number}", _text(row, "product")
-        paths = row.get("image") or []
-        paths = [str(p) for p in paths] if isinstance(paths, list) else str(paths).split("|")
-        paths = [p.strip() for p in paths if p.strip()]
-        missing = [c for c in ("product", "title", "category") if not _text(row, c)] + ([] if paths else ["image"])
-        source = _text(row, "source") or "detail"
-        category = _text(row, "category")
-        if missing:
-            rejected.append(Rejection(where, f"no {missing[0]}"))
-        elif source not in SOURCES:
-            rejected.append(Rejection(where, f"unknown source (known: {', '.join(SOURCES)})"))
-        elif name in drafts and drafts[name].product.category != category:
-            rejected.append(Rejection(where, "category differs from that of the product's first row"))
-        else:
-            if name not in drafts:
-                product = Product(
-                    key=_key(name),
-                    product=name,
-                    title=_text(row, "title"),
-                    category=category,
-                    catalog=_text(row, "catalog") or name,
-                    titles={k: str(v) for k, v in _prefixed(row, "title_").items()},
-                    attributes=_prefixed(row, "attribute_"),
-                )
-                drafts[name] = _Draft(product)
-            drafts[name].images += [(p, _text(row, "sku") or name, source, _text(row, "title")) for p in paths]
-    return list(drafts.values())
-
-
-def _split_of(catalog: str, val: float, test: float) -> str:
-    """A fixed function of the catalog id: products of one catalog entry stay together, and stay when others come."""
-    digest = hashlib.blake2b(catalog.encode(), digest_size=8).digest()
-    position = int.from_bytes(digest, "little") / 2**64
-    return "test" if position < test else "val" if position < test + val else "train"
+    def __init__(self, message: str, report: PackReport):
+        super().__init__(message)
+        self.report = report
 
 
 def pack_catalog(
@@ -254,73 +71,144 @@ def pack_catalog(
     test: float = 0.0,
     short_side: int = 320,
     quality: int = 90,
+    follow_links: bool = False,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+    separator: str | None = None,
+    quotes: bool = True,
     workers: int = 4,
     progress: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> PackReport:
     """Pack a catalogue (see the module's docstring) into `data_dir`, split by catalog id.
 
-    val, test: shares of the catalog entries. workers: decoding threads. Writes `rejected.jsonl` beside the shards when
-    something was left out. Raises ValueError when the table cannot be read or a split would be empty.
+    val, test: shares of the catalog entries. follow_links: also images behind links that lead out of the folder.
+    columns, encoding, separator, quotes: of the table, see `open_table`. workers: decoding threads. tell: gets the
+    lines about the table, before any image is decoded. Writes `rejected.jsonl` when something was left out.
+
+    Raises ValueError, and leaves the shards that were there: for settings, a table or a folder that cannot be used,
+    while another packing is at work there, when the tars there are somebody else's or the disk is full; and Refused
+    when a split would be empty. Its reasons are in `rejected.jsonl`, beside older shards in `rejected.refused.jsonl`.
     """
-    if not (val >= 0 and test >= 0 and val + test < 1):
-        raise ValueError(f"val={val}, test={test}: expected shares of at least 0 with a sum below 1")
-    if short_side < _MIN_SIDE or not 1 <= quality <= 95 or workers < 1:
+    check_shares(val, test)
+    if short_side < MIN_SIDE or not 1 <= quality <= 95 or workers < 1:
         given = f"short_side={short_side}, quality={quality}, workers={workers}"
-        raise ValueError(f"{given}: expected at least {_MIN_SIDE}, 1 to 95, at least 1")
+        raise ValueError(f"{given}: expected at least {MIN_SIDE}, 1 to 95, at least 1")
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
+    if not table.exists():
+        raise ValueError(f"{table}: no such table")
+    folder = ImageFolder(folder=images, follow_links=follow_links, short_side=short_side, quality=quality)
     report = PackReport()
-    drafts = _gather(table, report.rejected)
-    root = images.resolve()
+    with own(data_dir, wait=False):
+        refuse_foreign(data_dir)
+        opened = open_table(table, images, columns=columns, encoding=encoding, separator=separator, quotes=quotes)
+        if tell is not None:
+            for line in opened.summary():
+                tell(line)
+        drafts = gather(opened.rows(report.rejected), table.name, report.rejected)
+        facts: dict[str, Any] = {"table": table.name, "table_sha256": _digest(table), "val": val, "test": test}
+        facts |= {"short_side": short_side, "quality": quality, "follow_links": follow_links}
+        try:
+            if not drafts:
+                raise ValueError("no product left")
+            require_entries((draft.product.catalog for draft in drafts), val, test)
+            with (
+                replace_shards(data_dir) as aside,
+                tqdm(total=len(drafts), unit="product", desc="packing", disable=not progress, mininterval=0.5) as bar,
+            ):
+                _write(drafts, folder, aside, report, bar, val=val, test=test, workers=workers)
+                if report.rejected:
+                    _list(report.rejected, aside / REJECTED)
+                write_record(aside, RECORD, {**facts, "products": report.products, "images": report.images})
+        except ValueError as error:
+            where = "" if isinstance(error.__cause__, OSError) else f"{table}: "  # the disk's fault, or the table's
+            raise Refused(f"{where}{error}{_keep_reasons(data_dir, report.rejected)}", report) from error
+    return report
 
-    def encode(draft: _Draft) -> tuple[Product, list[bytes], list[Rejection]]:
-        records: list[ImageRecord] = []
-        encoded: list[bytes] = []
-        rejected: list[Rejection] = []
-        for name, sku, source, title in draft.images:
-            try:
-                path = (root / name).resolve()
-                if not path.is_relative_to(root):
-                    raise ValueError("outside the image folder")
-                data, width, height = encode_image(path, short_side=short_side, quality=quality)
-            except ValueError as error:
-                rejected.append(Rejection(name, str(error)))
-                continue
-            file = image_name(len(records))
-            records.append(ImageRecord(file=file, source=source, sku=sku, title=title, width=width, height=height))
-            encoded.append(data)
-        skus: dict[str, dict[str, Any]] = {r.sku: {} for r in records}
-        fields = {**vars(draft.product), "images": tuple(records), "skus": skus}
-        return Product(**fields), encoded, rejected
 
-    def packed(split: str, bar: "tqdm[None]") -> Iterator[tuple[Product, list[bytes]]]:
-        waiting: deque[Future[tuple[Product, list[bytes], list[Rejection]]]] = deque()
-        mine = (d for d in drafts if _split_of(d.product.catalog, val, test) == split)
-        with ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding the interpreter lock
-            while True:
-                while len(waiting) < 4 * workers and (draft := next(mine, None)) is not None:
-                    waiting.append(pool.submit(encode, draft))
-                if not waiting:
-                    return
-                product, encoded, rejected = waiting.popleft().result()
+def _write(
+    drafts: Sequence[Draft],
+    folder: ImageFolder,
+    aside: Path,
+    report: PackReport,
+    bar: "tqdm[None]",
+    *,
+    val: float,
+    test: float,
+    workers: int,
+) -> None:
+    with decoding_threads(workers) as pool:
+
+        def samples(split: str, mine: Sequence[Draft]) -> Iterator[Sample]:
+            items = ((draft, draft.paths) for draft in mine)
+            for draft, encoded in folder.encode_all(items, pool, ahead=4 * workers):
                 bar.update()
-                report.rejected += rejected
-                if encoded:
+                sample = to_sample(draft, encoded, report.rejected)
+                if sample is not None:
                     report.products[split] += 1
-                    report.images += len(encoded)
-                    yield product, encoded
-                else:
-                    report.rejected.append(Rejection(product.product, "product without a usable image"))
+                    report.images += len(sample[1])
+                    yield sample
+            if not report.products[split]:
+                raise ValueError(f"no product left for split {split}: none of its {len(mine)} has a usable image")
 
-    with tqdm(total=len(drafts), unit="product", desc="packing", disable=not progress, mininterval=0.5) as bar:
         for split, share in (("train", 1.0), ("val", val), ("test", test)):
             if share > 0:
-                write_shards(packed(split, bar), data_dir, split)
-    listing = data_dir / "rejected.jsonl"
-    listing.unlink(missing_ok=True)
-    if report.rejected:
-        listing.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in report.rejected))
-    return report
+                mine = [draft for draft in drafts if split_of(draft.product.catalog, val, test) == split]
+                write_tars(samples(split, mine), aside, split)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+# JSON may hold them plainly, but who reads a file by str.splitlines() would end a line there.
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
+def _list(rejected: Sequence[Rejection], path: Path) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate as JSON escapes it
+        for rejection in rejected:
+            file.write(json.dumps(asdict(rejection), ensure_ascii=False).translate(_LINE_ENDS) + "\n")
+
+
+def _keep_reasons(data_dir: Path, rejected: Sequence[Rejection]) -> str:
+    """List what a refused packing left out, and say where."""
+    if not rejected:
+        return ""
+    path = data_dir / (REFUSED if listed_tars(data_dir) else REJECTED)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        _list(rejected, part)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        return f" ({len(rejected)} rejected; {path.name} could not be written: {error.strerror or error})"
+    return f" ({len(rejected)} rejected, with their reasons in {path})"
+
+
+def _counted(rejected: Sequence[Rejection]) -> list[str]:
+    """A line for each kind and reason, the most frequent first, with its first case as an example."""
+    groups: dict[tuple[str, str], list[Rejection]] = {}
+    for rejection in rejected:
+        groups.setdefault((rejection.kind, rejection.reason), []).append(rejection)
+    lines = []
+    for (kind, reason), cases in sorted(groups.items(), key=lambda group: -len(group[1])):
+        detail = f": {cases[0].detail}" if cases[0].detail else ""
+        lines.append(f"  {len(cases)} x {reason} ({kind}; e.g. {cases[0].where}{detail})")
+    return lines
+
+
+def _summary(report: PackReport) -> str:
+    counts = ", ".join(f"{split} {n}" for split, n in report.products.items())
+    kinds = Counter(rejection.kind for rejection in report.rejected)
+    rejected = ", ".join(f"{kinds[kind]} {kind}{'s' * (kinds[kind] != 1)}" for kind in ("row", "image", "product"))
+    return f"products {counts}; {report.images} images; {len(report.rejected)} rejected ({rejected})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -331,34 +219,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--table", type=Path, required=True, help=".csv, .tsv or .jsonl, one row an image or a product")
+    add("--table", type=Path, required=True, help=".csv, .tsv, .jsonl or alike, one row an image or a product")
     add("--images", type=Path, required=True, help="folder the table's image paths start from")
     add("--out", type=Path, required=True, help="folder of the shards")
     add("--val", type=float, default=0.0, help="share of the catalog entries for val (default: %(default)s)")
     add("--test", type=float, default=0.0, help="share of the catalog entries for test (default: %(default)s)")
     add("--short-side", type=int, default=320, help="largest short side, pixels (default: %(default)s)")
     add("--quality", type=int, default=90, help="JPEG quality (default: %(default)s)")
+    add_table_arguments(parser)
+    add("--follow-links", action="store_true", help="also use images behind links that lead out of --images")
     add("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
     add("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    try:
-        report = pack_catalog(
-            args.table,
-            args.images,
-            args.out,
-            val=args.val,
-            test=args.test,
-            short_side=args.short_side,
-            quality=args.quality,
-            workers=args.workers,
-            progress=not args.no_progress,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    counts = ", ".join(f"{split} {n}" for split, n in report.products.items())
-    print(f"{args.out}: products {counts}; {report.images} images; {len(report.rejected)} rejected")
-    for reason, count in Counter(r.reason for r in report.rejected).most_common():
-        print(f"  {count} x {reason}")
+    with one_line_errors(parser.prog):
+        try:
+            report = pack_catalog(
+                args.table,
+                args.images,
+                args.out,
+                val=args.val,
+                test=args.test,
+                short_side=args.short_side,
+                quality=args.quality,
+                follow_links=args.follow_links,
+                **table_options(args),
+                workers=args.workers,
+                progress=not args.no_progress,
+                tell=say,
+            )
+        except Refused as refused:
+            for line in _counted(refused.report.rejected):
+                say(line)
+            raise
+        say(f"{args.out}: {_summary(report)}")
+        for line in _counted(report.rejected):
+            say(line)
 
 
 if __name__ == "__main__":

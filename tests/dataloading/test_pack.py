@@ -1,24 +1,29 @@
-"""Writing shards, and packing a user's own table and images."""
+"""Packing a user's own table and images: what lands in the shards, what is rejected, and what stops a packing."""
 
 import csv
-import io
+import fcntl
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eclip.dataloading import pack
-from eclip.dataloading.pack import encode_image, image_name, pack_catalog, write_shards
-from eclip.dataloading.schema import ImageRecord, Product
-
-
-def product(key: str, files: tuple[str, ...] = (image_name(0), image_name(1))) -> tuple[Product, list[bytes]]:
-    records = tuple(ImageRecord(file=file) for file in files)
-    facts = Product(key=key, product=key, title="A chair", category="Chairs", catalog="c", images=records)
-    return facts, [f"{key}{i}".encode() * 100 for i in range(len(files))]
+from eclip.dataloading import demo, pack
+from eclip.dataloading.image_folder import ImageFolder
+from eclip.dataloading.pack import pack_catalog
+from eclip.dataloading.schema import Product
+from eclip.dataloading.shards import ShardIndex
+from tests.helpers import rank_environment
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -30,103 +35,6 @@ def photo(path: Path, width: int = 60, height: int = 40, **options) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(noise).save(path, **options)
     return path
-
-
-def test_write_shards(tmp_path: Path) -> None:
-    (tmp_path / "train-000007.tar").write_bytes(b"old")
-    (tmp_path / "train.index.npz").write_bytes(b"old")
-    (tmp_path / "val-000000.tar").write_bytes(b"another split")
-    tars = write_shards((product(f"p{i}") for i in range(5)), tmp_path, "train", max_bytes=4096)
-    assert [t.name for t in tars] == [f"train-{n:06d}.tar" for n in range(len(tars))] and len(tars) > 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(t.name for t in tars), "val-000000.tar"])
-    names = [name for tar in tars for name in members(tar)]
-    assert names == [f"p{i}.{suffix}" for i in range(5) for suffix in ("json", "000.jpg", "001.jpg")]
-    first = members(tars[0])
-    assert Product.from_json(first["p0.json"], where="p0") == product("p0")[0]
-    assert first["p0.001.jpg"] == b"p01" * 100
-
-
-def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
-    one, two = (write_shards([product("p")], tmp_path / name, "train")[0].read_bytes() for name in "ab")
-    assert one == two
-
-
-@pytest.mark.parametrize(
-    "samples, message",
-    [
-        ([product("a.b")], "key 'a.b'"),
-        ([product("k" * 81)], "1 to 80"),
-        ([product("p"), product("p")], "occurs twice"),
-        ([(product("p")[0], [b"x"])], "1 images for 2 records"),
-        ([product("p", files=())], "at least one"),
-        ([product("p", files=("x.jpg",))], "'x.jpg'"),
-        ([], "no product"),
-    ],
-)
-def test_bad_samples_leave_the_old_shards_alone(tmp_path: Path, samples: list, message: str) -> None:
-    write_shards([product("old")], tmp_path, "train")
-    with pytest.raises(ValueError) as error:
-        write_shards(samples, tmp_path, "train")
-    assert message in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["train-000000.tar"]
-    assert "old.json" in members(tmp_path / "train-000000.tar")
-
-
-def test_encode_image_resizes_and_keeps_small_ones(tmp_path: Path) -> None:
-    data, width, height = encode_image(photo(tmp_path / "a.png", 600, 400), short_side=100)
-    assert (width, height) == (150, 100)
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.format == "JPEG" and picture.size == (150, 100)
-    assert encode_image(photo(tmp_path / "b.png", 60, 40))[1:] == (60, 40)
-
-
-def test_encode_image_bakes_exif(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (60, 40), "blue")
-    picture.paste("red", (0, 0, 60, 10))  # the top, shown at the right after turning
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn 90 degrees clockwise
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    data, width, height = encode_image(tmp_path / "turned.jpg")
-    assert (width, height) == (40, 60)
-    with Image.open(io.BytesIO(data)) as upright:
-        assert not upright.getexif()
-        assert upright.getpixel((36, 30))[0] > 200 and upright.getpixel((5, 30))[2] > 200
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK", "1"])
-def test_encode_image_converts_every_mode(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).convert(mode).save(path)
-    data, *_ = encode_image(path)
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.mode == "RGB"
-        if mode in ("RGBA", "LA"):
-            assert picture.getpixel((20, 20)) == (255, 255, 255)
-
-
-def test_encode_image_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = photo(tmp_path / "whole.jpg", 200, 200).read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "empty.png").write_bytes(b"")
-    photo(tmp_path / "tiny.png", 20, 90)
-    Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / "deep.png")
-    reasons = {
-        "cut.jpg": "truncated",
-        "text.jpg": "cannot be decoded",
-        "empty.png": "cannot be decoded",
-        "tiny.png": "20 x 90 px: smaller than 32",
-        "deep.png": "pixel format",
-        "missing.png": "file not found",
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(ValueError) as error:
-            encode_image(tmp_path / name)
-        assert reason in str(error.value)
-    monkeypatch.setattr(pack, "_MAX_PIXELS", 1000)
-    with pytest.raises(ValueError) as error:
-        encode_image(tmp_path / "whole.jpg")
-    assert "megapixels" in str(error.value)
 
 
 def shop(folder: Path, products: int = 12) -> tuple[Path, Path]:
@@ -164,14 +72,35 @@ def shop(folder: Path, products: int = 12) -> tuple[Path, Path]:
     return folder / "table.csv", images
 
 
+def simple(folder: Path, products: int = 12, *, image: str = "a.png", name: str = "t.jsonl") -> Path:
+    """A table of JSON lines whose products p0, p1, ... all have the one image; the folder is its image folder."""
+    photo(folder / "a.png")
+    rows = [{"product": f"p{i}", "title": "A chair", "category": "C", "image": [image]} for i in range(products)]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def listed(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".pack.lock"}
+
+
+def split_keys(folder: Path) -> dict[str, set[str]]:
+    tars = sorted(folder.glob("*.tar"))
+    return {t.name.split("-")[0]: {n.split(".")[0] for n in members(t)} for t in tars}
+
+
 def test_pack_catalog(tmp_path: Path) -> None:
     table, images = shop(tmp_path)
     report = pack_catalog(table, images, tmp_path / "out", workers=2, progress=False)
     assert report.products == {"train": 12} and report.images == 24
-    content = members(tmp_path / "out" / "train-000000.tar")
-    key = next(name.removesuffix(".json") for name in content if name.endswith(".json"))
+    found = members(tmp_path / "out" / "train-000000.tar")
+    key = next(name.removesuffix(".json") for name in found if name.endswith(".json"))
     assert key.startswith("Ref-0-") and "." not in key
-    sample = Product.from_json(content[f"{key}.json"], where=key)
+    sample = Product.from_json(found[f"{key}.json"], where=key)
     assert (sample.product, sample.catalog, sample.title) == ("Ref. 0", "Ref. 0", "Chair number 0, detail")
     assert sample.titles == {"de": "Stuhl 0"} and sample.attributes == {"colour": "red"}
     assert [(i.file, i.source, i.sku, i.title) for i in sample.images] == [
@@ -179,12 +108,21 @@ def test_pack_catalog(tmp_path: Path) -> None:
         ("001.jpg", "customer", "sku0", "Chair number 0, customer"),
     ]
     assert (sample.images[0].width, sample.images[0].height) == (60, 40)
-    listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    reasons = [r["reason"] for r in listed]
+    reasons = [r["reason"] for r in listed(tmp_path / "out" / "rejected.jsonl")]
     assert len(reasons) == len(report.rejected) == 7
     assert reasons.count("product without a usable image") == 2
     for part in ("no title", "unknown source", "category differs", "file not found", "outside the image folder"):
         assert sum(part in reason for reason in reasons) == 1, part
+
+
+def test_the_record_tells_what_was_packed(tmp_path: Path) -> None:
+    table = simple(tmp_path)
+    pack_catalog(table, tmp_path, tmp_path / "out", val=0.2, short_side=64, progress=False)
+    record = json.loads((tmp_path / "out" / "packing.json").read_text())
+    assert record["table"] == "t.jsonl" and len(record["table_sha256"]) == 64 and record["images"] == 12
+    assert (record["val"], record["test"], record["short_side"]) == (0.2, 0, 64)
+    assert sum(record["products"].values()) == 12
+    assert record["files"] == {t.name: t.stat().st_size for t in (tmp_path / "out").glob("*.tar")}
 
 
 def test_pack_catalog_splits_by_catalog_id(tmp_path: Path) -> None:
@@ -217,19 +155,303 @@ def test_several_images_in_a_csv_row(tmp_path: Path) -> None:
 def test_unusable_tables(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"product": 1}\n{"product"\n')
     (tmp_path / "empty.csv").write_text("product,title,category,image\n")
+    (tmp_path / "table.xlsx").write_text("PK")
+    (tmp_path / "folder.csv").mkdir()
     cases = {
-        "table.xlsx": "ending in .csv",
-        "nowhere.csv": "no such file",
+        "table.xlsx": ".csv",
+        "nowhere.csv": "no such",
         "broken.jsonl": "line 2",
-        "empty.csv": "no product for split 'train'",
+        "empty.csv": "no ",
+        "folder.csv": "",
     }
     for name, message in cases.items():
         with pytest.raises(ValueError) as error:
             pack_catalog(tmp_path / name, tmp_path, tmp_path / "out", progress=False)
-        assert message in str(error.value)
-    for settings in ({"val": 0.6, "test": 0.5}, {"short_side": 8}, {"images": tmp_path / "none"}):
+        assert message in str(error.value) and name in str(error.value)
+    for settings in ({"val": 0.6, "test": 0.5}, {"short_side": 8}, {"images": tmp_path / "none"}, {"workers": 0}):
         with pytest.raises(ValueError):
             pack_catalog(**{"table": tmp_path / "empty.csv", "images": tmp_path, "data_dir": tmp_path, **settings})
+
+
+def test_packing_again_with_other_shares_leaves_no_product_twice(tmp_path: Path) -> None:
+    table, out = simple(tmp_path, 40), tmp_path / "out"
+    pack_catalog(table, tmp_path, out, val=0.2, test=0.2, progress=False)
+    (out / "photo of mine.jpg").write_text("mine")
+    for split in ("train", "val", "test"):
+        ShardIndex.open(out, split)  # writes an index beside the tars
+    for shares in ({"val": 0.3}, {"test": 0.3}, {}):
+        pack_catalog(table, tmp_path, out, **shares, progress=False)
+        keys = split_keys(out)
+        assert keys.keys() == {"train", *shares} and sum(map(len, keys.values())) == len(set().union(*keys.values()))
+        assert {p.name for p in out.glob("*.npz")} <= {f"{split}.index.npz" for split in keys}
+        assert ShardIndex.open(out, "train").num_products == len(keys["train"])
+    assert (out / "photo of mine.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("products, shares", [(12, (0.05, 0.05)), (3, (0, 0.01)), (1, (0.1, 0))])
+def test_a_split_without_products_is_refused_before_any_image_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: int, shares: tuple[float, float]
+) -> None:
+    table = simple(tmp_path, products)
+    monkeypatch.setattr(ImageFolder, "encode", lambda *args: pytest.fail("decoded"))
+    with pytest.raises(pack.Refused, match=rf"t\.jsonl: with --.* each of {products} catalog") as error:
+        pack_catalog(table, tmp_path, tmp_path / "out", val=shares[0], test=shares[1], progress=False)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".pack.lock"]
+    monkeypatch.undo()
+    way_out = str(error.value).split("; ")[-1]
+    if found := {flag: float(share) for flag, share in re.findall(r"--(val|test) ([\d.]+)", way_out)}:
+        report = pack_catalog(table, tmp_path, tmp_path / "out", **found, progress=False)
+        assert report.products.total() == products
+    else:
+        assert products == 1
+
+
+def test_when_nothing_is_left_the_reasons_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = simple(tmp_path, 5, image="text.png"), tmp_path / "out"
+    (tmp_path / "text.png").write_text("not an image")
+    command = ["--table", str(table), "--images", str(tmp_path), "--out", str(out), "--no-progress"]
+    with pytest.raises(SystemExit) as stop:
+        pack.main(command)
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and printed.err.count("\n") == 1
+    assert "none of its 5 has a usable image" in printed.err and str(out / "rejected.jsonl") in printed.err
+    assert re.search(r"5 x not a readable image header \(image; e\.g\. text\.png: ", printed.out)
+    assert "5 x product without a usable image (product; e.g. p0)" in printed.out
+    assert len(listed(out / "rejected.jsonl")) == 10 and not list(out.glob("*.tar"))
+
+    pack_catalog(simple(tmp_path, 5), tmp_path, out, progress=False)  # mended
+    before = content(out)
+    assert set(before) == {"train-000000.tar", "packing.json"}
+    (tmp_path / "rows.csv").write_text("product,title,category,image\np,,C,a.png\nq,,C,a.png\n")
+    with pytest.raises(pack.Refused, match=r"no product left .*2 rejected, with their reasons in .*refused\.jsonl"):
+        pack_catalog(tmp_path / "rows.csv", tmp_path, out, progress=False)
+    found = content(out)
+    assert len(listed(out / "rejected.refused.jsonl")) == 2
+    assert before == {name: data for name, data in found.items() if name != "rejected.refused.jsonl"}
+    pack_catalog(simple(tmp_path, 5), tmp_path, out, progress=False)
+    assert not (out / "rejected.refused.jsonl").exists()
+
+
+def test_a_split_whose_images_all_fail_keeps_what_was_there(tmp_path: Path) -> None:
+    table, out = simple(tmp_path, 30), tmp_path / "out"
+    pack_catalog(table, tmp_path, out, val=0.2, progress=False)
+    before = content(out)
+    lines = table.read_text().splitlines(keepends=True)
+    val = split_keys(out)["val"]
+    table.write_text("".join(re.sub("a.png", "b.png", s) if json.loads(s)["product"] in val else s for s in lines))
+    with pytest.raises(pack.Refused, match="no product left for split val") as error:
+        pack_catalog(table, tmp_path, out, val=0.2, progress=False)
+    assert len(error.value.report.rejected) == 2 * len(val)
+    found = content(out)
+    assert len(listed(out / "rejected.refused.jsonl")) == 2 * len(val)
+    assert {name: data for name, data in found.items() if name != "rejected.refused.jsonl"} == before
+
+
+def test_reasons_group_and_kinds_are_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, images = shop(tmp_path, products=3)
+    whole = photo(images / "whole.jpg", 200, 200).read_bytes()
+    rows = table.read_text().splitlines()
+    for cut in range(300, 1300, 100):
+        (images / f"cut{cut}.jpg").write_bytes(whole[:cut])
+        rows.append(f"cut{cut},A,Chairs,cut{cut}.jpg,detail,,,")
+    table.write_text("\n".join(rows) + "\n")
+    where = ["--table", str(table), "--images", str(images), "--out", str(tmp_path / "out")]
+    pack.main([*where, "--no-progress"])
+    printed = capsys.readouterr().out
+    assert "train 3; 6 images; 27 rejected (3 rows, 12 images, 12 products)" in printed
+    assert "1 x file not found (image; e.g. lost.png)" in printed
+    assert re.search(r"10 x truncated \(image; e\.g\. cut300\.jpg: ", printed), printed
+    assert [r["where"] for r in listed(tmp_path / "out" / "rejected.jsonl") if r["reason"] == "truncated"] == [
+        f"cut{cut}.jpg" for cut in range(300, 1300, 100)
+    ]
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        pack.main([*argv, "--no-progress"])
+    assert stop.value.code in (1, 2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_places_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = simple(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    given = {"--table": str(table), "--images": str(tmp_path), "--out": str(tmp_path / "out")}
+    cases = [
+        ("--out", tmp_path / "file"),
+        ("--out", tmp_path / "file" / "out"),
+        ("--out", Path("/proc/nowhere/out")),
+        ("--images", tmp_path / "none"),
+        ("--images", table),
+        ("--table", tmp_path / "none.csv"),
+        ("--table", tmp_path),
+        ("--val", "2"),
+        ("--test", "nan"),
+        ("--val", "-0.1"),
+        ("--quality", "0"),
+        ("--workers", "0"),
+    ]
+    for flag, value in cases:
+        line = refused([str(part) for pair in {**given, flag: value}.items() for part in pair], capsys)
+        assert str(value) in line, (flag, value, line)
+    assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.glob("out/*.tar"))
+
+
+def test_the_shards_may_lie_among_the_images(tmp_path: Path) -> None:
+    table = simple(tmp_path)
+    pack_catalog(table, tmp_path, tmp_path, progress=False)
+    assert pack_catalog(table, tmp_path, tmp_path, progress=False).products == {"train": 12}
+    assert (tmp_path / "a.png").exists() and table.exists()
+
+
+def test_tars_of_others_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = simple(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "val-000000.tar").write_text("mine")
+    argv = ["--table", str(table), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert "holds val-000000.tar, which no record of a packing" in refused(argv, capsys)
+    assert (tmp_path / "out" / "val-000000.tar").read_text() == "mine"
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}])
+def test_names_of_all_kinds_whatever_the_locale(tmp_path: Path, locale: dict[str, str]) -> None:
+    names = ["Grüße 椅子.png", "latin-1 \udcfc.png", "lost é \u2028 ö.png", "../ö.png", "lost \udcff.png"]
+    for name in names[:2]:
+        photo(tmp_path / "a.png").rename(os.fsencode(tmp_path).decode() + f"/{name}")
+    rows = [
+        {"product": f"Stück {i}", "title": "Süß", "category": "Möbel", "image": name} for i, name in enumerate(names)
+    ]
+    (tmp_path / "täble.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=True) for r in rows))
+    out = tmp_path / "Läden"
+    command = [sys.executable, "-m", "eclip.dataloading.pack", "--table", str(tmp_path / "täble.jsonl")]
+    command += ["--images", str(tmp_path), "--out", str(out), "--workers", "1"]
+    done = subprocess.run([os.fsencode(c) for c in command], env=rank_environment(locale), capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done
+    assert b"products train 2; 2 images; 5 rejected (1 row, 2 images, 2 products)" in done.stdout, done
+    found = [r["where"] for r in listed(out / "rejected.jsonl") if r["kind"] == "image"]
+    assert found == names[2:4]
+    stored = [Product.from_json(v, where=k) for k, v in members(out / "train-000000.tar").items() if k.endswith("json")]
+    assert [p.title for p in stored] == ["Süß"] * 2 and stored[0].product == "Stück 0"
+
+
+@contextmanager
+def packing(table: Path, out: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "eclip.dataloading.pack", "--table", str(table), "--images", str(table.parent)]
+    with subprocess.Popen(
+        [*command, "--out", str(out), "--no-progress", *flags],
+        env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as run:  # fmt: skip
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def at_work(run: subprocess.Popen[str], out: Path) -> None:
+    """Wait until a packing writes its train split."""
+    end = time.monotonic() + 120
+    while not list(out.glob(".packing/train-*.tar")):
+        assert run.poll() is None and time.monotonic() < end, run.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """A table whose packing takes some ten seconds: time enough to be stopped in."""
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg")
+    return simple(tmp_path, 200, image="large.jpg")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_packing_leaves_the_shards_of_before(slow: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    pack_catalog(simple(tmp_path, name="quick.jsonl"), tmp_path, out, val=0.3, progress=False)
+    before = content(out)
+    with packing(slow, out, "--val", "0.1", "--test", "0.1") as run:
+        at_work(run, out)
+        run.send_signal(number)
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    if number != signal.SIGKILL:
+        assert err.count("\n") == 1 and "what was there before is as it was" in err, err
+        assert content(out) == before
+    else:
+        assert {name: data for name, data in content_of_files(out).items()} == before
+        assert ShardIndex.open(out, "val").num_products == len(split_keys(out)["val"])
+        with packing(tmp_path / "quick.jsonl", out) as run:
+            _, err = run.communicate(timeout=120)
+        assert run.returncode == 0 and "removing what a killed packing left there" in err
+        assert split_keys(out).keys() == {"train"} and not (out / ".packing").exists()
+
+
+def content_of_files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".pack.lock"}
+
+
+def test_a_second_packing_is_refused_at_once_and_the_first_finishes(slow: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quick = simple(tmp_path, name="quick.jsonl")
+    slow.write_text("".join(slow.read_text().splitlines(keepends=True)[:20]))
+    with packing(slow, out, "--workers", "1") as first:
+        at_work(first, out)
+        with packing(quick, out) as second:
+            _, err = second.communicate(timeout=120)
+        assert second.returncode == 1 and err.count("\n") == 1
+        assert f"process {first.pid} on " in err and "is packing into this folder" in err and str(out) in err
+        _, err = first.communicate(timeout=120)
+    assert first.returncode == 0 and not err
+    assert ShardIndex.open(out, "train").num_products == 20
+
+
+def test_a_catalogue_and_the_demo_exclude_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, out = simple(tmp_path), tmp_path / "out"
+    small = {"image_size": 64, "images_per_product": 2, "limit": 20, "workers": 1, "progress": False}
+
+    def meanwhile(*args, **options):
+        with pytest.raises(ValueError, match="is packing into this folder"):
+            pack_catalog(table, tmp_path, out, progress=False)
+        return write_tars(*args, **options)
+
+    write_tars = demo.write_tars
+    monkeypatch.setattr(demo, "write_tars", meanwhile)
+    demo.pack_demo(out, **small)
+    assert (out / "demo.json").exists()
+    pack_catalog(table, tmp_path, out, progress=False)
+    assert sorted(content(out)) == ["packing.json", "train-000000.tar"], "nothing of the demo is left"
+    with (out / ".pack.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is packing into this folder"):
+            pack_catalog(table, tmp_path, out, progress=False)
+
+
+@pytest.mark.parametrize("point", ["image data", "rejected.jsonl", "record"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    table, images = shop(tmp_path, products=4)
+    out = tmp_path / "out"
+    pack_catalog(table, images, out, progress=False)
+    before = content(out)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    where, name = {
+        "image data": (tarfile.TarFile, "addfile"),
+        "rejected.jsonl": (pack, "_list"),
+        "record": (pack, "write_record"),
+    }[point]
+    monkeypatch.setattr(where, name, full)
+    with pytest.raises(ValueError, match=r"No space left on device; \d+ MiB free.* is as it was") as error:
+        pack_catalog(table, images, out, val=0.3, progress=False)
+    found = content(out)
+    if point == "rejected.jsonl":
+        assert "rejected.refused.jsonl could not be written: No space left" in str(error.value)
+    else:
+        assert len(listed(out / "rejected.refused.jsonl")) >= 3
+    assert {name: data for name, data in found.items() if name != "rejected.refused.jsonl"} == before
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +459,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     where = ["--table", str(table), "--images", str(images), "--out", str(tmp_path / "out")]
     pack.main([*where, "--no-progress"])
     printed = capsys.readouterr().out
-    assert "train 3; 6 images; 7 rejected" in printed and "1 x file not found" in printed
-    with pytest.raises(SystemExit):
-        pack.main([*where, "--val", "2"])
-    assert "val=2.0" in capsys.readouterr().err
+    assert "train 3; 6 images; 7 rejected (3 rows, 2 images, 2 products)" in printed
+    assert "1 x file not found" in printed
+    assert "val=2.0" in refused([*where, "--val", "2"], capsys)
+    with pytest.raises(SystemExit) as stop:
+        pack.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and shown.count("--follow-links") >= 2 and "rejected.jsonl" in shown
+
+
+def test_a_table_and_its_images_are_told_before_any_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    encode = ImageFolder.encode
+    monkeypatch.setattr(ImageFolder, "encode", lambda *args: encode(*args) if told else pytest.fail("decoded before"))
+    pack_catalog(simple(tmp_path), tmp_path, tmp_path / "out", progress=False, tell=told.append)
+    assert told
