@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 PARTIAL = ".partial"
 
@@ -24,11 +26,23 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: BaseException) -> str:
-    """One line: file, reason, free space where that is the reason, the way out."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    way_out = "free some space" if full else "see to that"
-    return f"{path}: cannot be written ({reason}); {way_out} or choose another --run-dir"
+    """One line: file, reason, free space, the way out. A full disk's OSError may stand behind another error."""
+    cause = error
+    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__) is not None:
+        cause = cast(BaseException, cause.__cause__ or cause.__context__)
+    known = isinstance(cause, OSError) and cause.strerror
+    reason = cause.strerror if isinstance(cause, OSError) and known else " ".join(str(error).split())
+    return f"{path}: cannot be written ({reason}{_free(path)}); see to that or choose another --run-dir"
+
+
+def _free(path: Path) -> str:
+    """Free space where `path` lies or would lie."""
+    for folder in path.parents:
+        try:
+            return f"; {shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there"
+        except OSError:
+            continue
+    return ""
 
 
 def replace_text(path: Path, text: str) -> None:

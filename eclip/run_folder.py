@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,26 @@ def own(run_dir: Path) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     lock = run_dir / LOCK
     with ExitStack() as stack:
-        with writing(lock):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _wait_for(run_dir, lambda: stack.enter_context(alone(lock, busy=_BUSY.format(run_dir, "{holder}"))))
+        try:
+            with writing(lock):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                _wait_for(lambda: stack.enter_context(alone(lock, busy=_BUSY.format(run_dir, "{holder}"))))
+        except CannotWrite:
+            _remove_unused(made)
+            raise
         try:
             yield
         finally:
-            if made and os.listdir(run_dir) == [LOCK]:
-                lock.unlink()
-                with suppress(OSError):  # another run has begun in a folder above
-                    for folder in made:
-                        folder.rmdir()
+            _remove_unused(made)
+
+
+def _remove_unused(made: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, with nothing but a lock in them."""
+    with suppress(OSError):  # something has come into one
+        for folder in made:
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def refuse_busy(run_dir: Path) -> None:
@@ -94,10 +103,10 @@ def refuse_busy(run_dir: Path) -> None:
             except BlockingIOError:
                 raise ValueError(_BUSY.format(run_dir, lock.read().strip() or "another process")) from None
 
-    _wait_for(run_dir, look)
+    _wait_for(look)
 
 
-def _wait_for(run_dir: Path, attempt: Callable[[], None]) -> None:
+def _wait_for(attempt: Callable[[], None]) -> None:
     """Call `attempt` until it raises no ValueError, or until that can no longer be a process about to be gone."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:

@@ -1,9 +1,9 @@
 """Training end to end on a handful of tiny images: resume, SIGTERM, ranks, and what stops a run."""
 
 import dataclasses
-import io
 import json
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -21,38 +21,23 @@ import eclip.train
 from eclip.checkpoint import load_run
 from eclip.checkpoint_files import list_checkpoints
 from eclip.config import RunConfig
-from eclip.dataloading.pack import write_shards
-from eclip.dataloading.schema import ImageRecord, Product
+from eclip.dataloading.shard_writer import write_shards
+from eclip.files import CannotWrite
 from eclip.parallel import Ranks
 from eclip.presets import PRESETS
 from eclip.train import CannotStart, NonFiniteLoss, main, train
 from tests.helpers import run_command, run_torchrun
+from tests.twelve_products import write_twelve_products
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 LOSSES = ("loss", "itc", "inter", "itm", "intra", "entropy", "grad_norm")
 
 
-def _product(number: int) -> tuple[Product, list[bytes]]:
-    rng = np.random.default_rng(number)
-    files = []
-    for _ in range(4):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(buffer, "JPEG")
-        files.append(buffer.getvalue())
-    title = f"{('red', 'blue', 'green')[number % 3]} {('sofa', 'lamp', 'desk', 'bed')[number % 4]} no {number}"
-    images = tuple(
-        ImageRecord(file=f"{i:03d}.jpg", source=("detail", "customer")[i % 2], width=40, height=40) for i in range(4)
-    )
-    return Product(key=f"p{number}", product=f"p{number}", title=title, category="things", images=images), files
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve products of noise in shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    write_shards([_product(i) for i in range(12)], folder, "train")
-    return folder
+    return write_twelve_products(tmp_path_factory.mktemp("shards"))
 
 
 def _config(data_dir: Path, run_dir: Path, **changes: Any) -> RunConfig:
@@ -183,6 +168,33 @@ def test_non_finite_loss_stops_with_step_losses_and_keys(
     assert report["step"] == 2
     assert len(report["keys"]) == 16
     assert len(_lines(tmp_path)) == 2
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_resume_repeats_the_unbroken_one(
+    data_dir: Path, tmp_path: Path, straight: Path
+) -> None:
+    """The checkpoint of step 20 finds no room: that of step 10 stays, and every line of metrics.jsonl."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(step: int, values: Mapping[str, float]) -> None:
+        if step == 12:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    try:
+        with pytest.raises(CannotWrite, match=r"step_00000020\.partial: cannot be written \(File too large"):
+            train(_config(data_dir, tmp_path), ALONE, sinks=[fill_the_disk])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000010"]
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 21))
+    assert train(_config(data_dir, tmp_path, resume=True), ALONE)
+    _assert_same_run(straight, tmp_path)
+
+
+def test_the_scale_is_in_the_metrics(straight: Path) -> None:
+    lines = _lines(straight)
+    assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07)
+    assert all(1 <= line["logit_scale"] <= 100 for line in lines)
 
 
 def test_refusals_before_training(data_dir: Path, tmp_path: Path, straight: Path) -> None:
