@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,7 @@ def watches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(eclip.ending, "_AGREE_SECONDS", 0.3)
     monkeypatch.setattr(eclip.ending, "_SILENT_SECONDS", 0.3)
     monkeypatch.setattr(eclip.ending, "_YIELD_SECONDS", 0.0)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
-    meeting = Meeting(store=store, members=("process 10 on a", "process 20 on b"))
+    meeting = Meeting(store=dist.HashStore(), members=("process 10 on a", "process 20 on b"))
     found = [Watch(meeting, rank, timeout=60, on_stop=lambda number: None) for rank in range(2)]
     yield found
     for watch in found:
@@ -107,11 +105,8 @@ def test_a_stop_that_all_ranks_know_of(
 
 def test_a_bug_keeps_its_traceback_on_one_rank(watches: list[Watch], capsys: pytest.CaptureFixture[str]) -> None:
     for watch in watches:
-        try:
-            raise KeyError("a")
-        except KeyError as error:
-            assert _conclude(error, watch) == 1
-    assert capsys.readouterr().err.count("Traceback") == 1
+        assert _conclude(KeyError("a"), watch) == 1
+    assert capsys.readouterr().err.count("KeyError") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -21,8 +21,7 @@ class _Ranks:
     """Watches of three ranks on one store."""
 
     def __init__(self) -> None:
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
-        self.meeting = Meeting(store=dist.PrefixStore("attempt", self.store), members=MEMBERS)
+        self.meeting = Meeting(store=dist.PrefixStore("attempt", dist.HashStore()), members=MEMBERS)
         self.started: list[Watch] = []
         self.stops: dict[int, int] = {}
         self.stopped = threading.Event()
@@ -47,7 +46,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Ranks]:
 
 
 @pytest.fixture
-def left(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def left(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set instead of the process's end."""
     event = threading.Event()
 
@@ -57,7 +56,7 @@ def left(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         raise RuntimeError("the thread ends here")
 
     monkeypatch.setattr(eclip.watch.os, "_exit", leave)
-    yield event
+    return event
 
 
 def test_the_first_that_fails_speaks_and_the_others_know_why(ranks: _Ranks) -> None:
@@ -131,9 +130,11 @@ def test_a_suspended_job_blames_nobody(ranks: _Ranks) -> None:
 
 
 def test_a_store_that_is_gone_stops_the_run(ranks: _Ranks) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30))
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30))
+    ranks.meeting = Meeting(store=client, members=MEMBERS)
     watch = ranks.start(1)
-    ranks.store = ranks.meeting = None  # type: ignore[assignment]  # closes the server
-    watch.store = None  # type: ignore[assignment]
+    del server
     assert ranks.stopped.wait(30)
     assert ranks.stops == {1: signal.SIGTERM}
     assert watch.failure() is None
