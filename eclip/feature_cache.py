@@ -61,7 +61,7 @@ def single_image_note(index: ShardIndex, config: RunConfig) -> str | None:
         return note + "two crops of it make their pair"
     if config.cached_views == 1:
         return note + "with --cached-views 1 both sides of their pair are the same to the bit; with more they differ"
-    return note + f"two of its {config.cached_views} cached views make their pair"
+    return note + f"two of the {config.cached_views} cached views of it make their pair"
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
@@ -141,6 +141,13 @@ class FeatureCache:
         if config.lock_image:
             filling = _Images(model, index, config, views, device).filling(Path(cache_dir), progress)
             images, undecodable = filling.open(), filling.notes()
+            if undecodable and progress:
+                shown = ", ".join(index.image_key(row) for row in list(undecodable)[:_SHOWN])
+                more = ", ..." if len(undecodable) > _SHOWN else ""
+                log.warning(
+                    "%s: others stand in for %d undecodable images (%s%s)",
+                    filling.path, len(undecodable), shown, more,
+                )  # fmt: skip
         if config.lock_text:
             titles = _Titles(model, index, tokenizer, config, device)
             texts, title_of = titles.filling(Path(cache_dir), progress).open(), titles.title_of

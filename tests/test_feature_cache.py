@@ -187,7 +187,8 @@ def test_training_is_told_of_products_with_one_image(tmp_path: Path) -> None:
         "3 of 3 products have one image only: two crops of it make their pair"
     )
     assert "same to the bit" in str(single_image_note(index, dataclasses.replace(CONFIG, cached_views=1)))
-    assert "two of its 4 cached views" in str(single_image_note(index, dataclasses.replace(CONFIG, cached_views=4)))
+    four = dataclasses.replace(CONFIG, cached_views=4)
+    assert "two of the 4 cached views of it" in str(single_image_note(index, four))
 
 
 @pytest.mark.parametrize(("value", "message"), [
@@ -240,7 +241,9 @@ def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
     cache = _open(tmp_path, (parts[0], index, parts[2]))
     assert "k001/001.jpg" in caplog.text
     assert np.array_equal(cache.images[4], cache.images[3])
-    again = _open(tmp_path, (parts[0], index, parts[2]))
+    caplog.clear()
+    again = FeatureCache.build_or_open(tmp_path, parts[0], index, parts[2], CONFIG)
+    assert "others stand in for 1 undecodable images (k001/001.jpg)" in caplog.text
     assert again.undecodable == cache.undecodable and list(again.undecodable) == [4]
     assert "not a readable" in again.undecodable[4]
 

@@ -17,6 +17,8 @@ from eclip.train import train
 from tests.dataloading.fixtures import jpeg, make_split
 from tests.helpers import ROOT, rank_environment
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
 
 def test_help_names_every_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", "--help"])

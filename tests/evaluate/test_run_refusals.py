@@ -160,7 +160,7 @@ def test_tables_are_printed_before_a_full_disk_is_told(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CannotWrite, match=r"evaluation.json: cannot be written \(No space left on device\)"):
+    with pytest.raises(CannotWrite, match=r"evaluation.json: cannot be written \(No space left on device"):
         evaluate_run(run, progress=False, threshold=0.2)
     assert "product retrieval, same product" in capsys.readouterr().out
     assert (run / "evaluation.json").read_bytes() == before

@@ -40,6 +40,6 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(CannotWrite, match=r"sheet.png: cannot be written \(No space left on device\)"):
+    with pytest.raises(CannotWrite, match=r"sheet.png: cannot be written \(No space left on device"):
         draw_sheet([overlay("new")], path, fonts=FONTS)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
