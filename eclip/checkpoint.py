@@ -24,6 +24,7 @@ from .checkpoint_files import (
     file_facts,
     find_checkpoint,
     keep_newest,
+    list_checkpoints,
     own_files,
     put_in_place,
     read_state,
@@ -148,10 +149,10 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[ECLIP, 
     whole, when config.json cannot be read, when the tokenizer is not the one that the weights were trained with.
     """
     run_dir = Path(run_dir)
+    config = read_config(run_dir) if list_checkpoints(run_dir) else None
     found = find_checkpoint(run_dir)
-    if found is None or not (run_dir / "config.json").is_file():
+    if config is None or found is None:
         raise ValueError(f"{run_dir}: no complete checkpoint; train first (python -m eclip.train --run-dir {run_dir})")
-    config = read_config(run_dir)
     tokenizer = read_tokenizer(run_dir, found.state.get("tokenizer"))
     model = ECLIP(config.model)
     tensors = _model_tensors(model, None)

@@ -5,7 +5,8 @@
     run_dir/checkpoints/step_00000200.damaged     set aside by a resume that continued from the one before
 
 state.json: {"step", "world_size", what the trainer adds, "tokenizer": digest, "files": {name: {"bytes", "sha256"}},
-"digest": of all the rest}.
+"digest": of all the rest}. Digests cost 0.55 s per GiB and core (a save of 0.75 GiB: 0.4 of 2.7 s); each rank computes
+those of its own files and, when a checkpoint is opened, an equal share.
 """
 
 import hashlib
