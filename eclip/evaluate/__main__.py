@@ -1,6 +1,7 @@
 """`python -m eclip.evaluate --checkpoint RUN`: tables on stdout, RUN/evaluation.json, RUN/grounding.png."""
 
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ def main() -> None:
         )
     except torch.OutOfMemoryError:
         sys.exit(f"error: --batch-size {arguments.batch_size}: the GPU's memory does not suffice; take a smaller one")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 

@@ -150,9 +150,11 @@ def evaluate_run(
         "tables": {name: table.to_dict() for name, table in tables.items()},
         "skipped": skipped,
     }
-    _print_tables(result, tables, skipped)
     path, sheet = run_dir / f"evaluation{suffix}.json", run_dir / f"grounding{suffix}.png"
-    replace_text(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        _print_tables(result, tables, skipped)
+    finally:  # also when nobody reads what is printed (`| head`)
+        replace_text(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if overlays and (note := draw_sheet(overlays, sheet)):
         print(f"\n{sheet}: {note}; {WAY_OUT}")
     print(f"\nwritten: {path}" + (f", {sheet}" if overlays else ""))

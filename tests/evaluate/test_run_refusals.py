@@ -165,3 +165,15 @@ def test_tables_are_printed_before_a_full_disk_is_told(
     assert "product retrieval, same product" in capsys.readouterr().out
     assert (run / "evaluation.json").read_bytes() == before
     assert not list(run.glob("*.partial"))
+
+
+def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue())
+
+    def gone(*arguments: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(run_module, "_print_tables", gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate_run(run, progress=False)
+    assert json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["tables"]
