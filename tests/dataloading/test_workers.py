@@ -123,8 +123,12 @@ def no_item(number, slot):
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGKILL, "SIGKILL: most often .* out-of-memory"), (signal.SIGBUS, "SIGBUS: memory"), (signal.SIGSEGV, "SIGSEGV: a decoder")],
-)  # fmt: skip
+    [
+        (signal.SIGKILL, "SIGKILL: most often .* out-of-memory"),
+        (signal.SIGBUS, "SIGBUS: memory"),
+        (signal.SIGSEGV, "SIGSEGV: a decoder"),
+    ],
+)
 def test_killed_worker(number, words):
     pool = workers(no_item)
     os.kill(pool._workers[0].process.pid, number)
@@ -146,9 +150,9 @@ def test_worker_killed_between_items():
     pool.take(unpack)
     os.kill(pool._workers[1].process.pid, signal.SIGKILL)
     os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+    taken = (pool.take(unpack) for _ in range(9))
     with pytest.raises(DataError, match="killed by SIGKILL"):
-        for _ in range(9):
-            pool.take(unpack)
+        list(taken)
     pool.close()
 
 
