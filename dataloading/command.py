@@ -1,13 +1,23 @@
 """What the commands of this folder share: a refusal is one line, and a signal ends them after they cleaned up."""
 
+import argparse
 import contextlib
 import ctypes
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
 
 class Terminated(KeyboardInterrupt):
@@ -49,6 +59,6 @@ def one_line_errors(prog: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def _end(line: str, status: int) -> None:
+def _end(line: str, status: int) -> NoReturn:
     print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
     raise SystemExit(status)

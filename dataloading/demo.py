@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer
-from .command import die_with_parent, one_line_errors, say
+from .command import Parser, die_with_parent, one_line_errors, say
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
@@ -328,7 +328,7 @@ def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterab
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `pack_demo`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eclip.dataloading.demo",
         description="Write the embedded catalogue (172 CC0 products) as train, val and test shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -8,9 +8,9 @@ list), and when present `sku`, `source` (detail, customer, ad), `catalog`, `titl
 names are recognised or told by --column; how the table was understood is printed before any image is decoded.
 
 Every image is decoded in full, since one that cannot be decoded costs much more during training; what is left out is
-counted and listed with its reason in `rejected.jsonl`. EXIF orientation is baked in, colours become sRGB and the short
-side is reduced: a batch of 320 px JPEGs is made twice as fast as one of 1 MP photos, and they hold all that 224 px
-crops can use.
+counted and listed with its reason in `rejected.jsonl` (`rejected.refused.jsonl` when nothing was packed and an earlier
+packing stays). EXIF orientation is baked in, colours become sRGB and the short side is reduced: a batch of 320 px
+JPEGs is made twice as fast as one of 1 MP photos, and they hold all that 224 px crops can use.
 
 All products of a catalog entry are in one split, by a hash of its id. New shards are written aside and take the place
 of an earlier packing's together, when all are whole: until then both need space on the disk, and whatever stops a
@@ -31,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .catalog_split import check_shares, require_entries, split_of
-from .command import one_line_errors, say
+from .command import Parser, one_line_errors, say
 from .gather import Draft, gather, to_sample
 from .image_folder import ImageFolder, decoding_threads
 from .images import MIN_SIDE, encode_image
@@ -213,15 +213,15 @@ def _summary(report: PackReport) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of `pack_catalog`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eclip.dataloading.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--table", type=Path, required=True, help=".csv, .tsv, .jsonl or alike, one row an image or a product")
+    add("--table", type=Path, required=True, help="one row an image or a product, in CSV or JSON lines")
     add("--images", type=Path, required=True, help="folder the table's image paths start from")
-    add("--out", type=Path, required=True, help="folder of the shards")
+    add("--out", type=Path, required=True, help="folder of the shards; those of an earlier packing are replaced")
     add("--val", type=float, default=0.0, help="share of the catalog entries for val (default: %(default)s)")
     add("--test", type=float, default=0.0, help="share of the catalog entries for test (default: %(default)s)")
     add("--short-side", type=int, default=320, help="largest short side, pixels (default: %(default)s)")

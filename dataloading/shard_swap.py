@@ -63,7 +63,11 @@ def own(data_dir: Path, *, wait: bool) -> Iterator[None]:
             held.enter_context(alone(data_dir / ".pack.lock", busy=None if wait else busy))
             _recover(data_dir)
         except OSError as error:
-            reason = error.strerror or error
+            reasons: dict[type, str] = {
+                FileExistsError: "it is a file",
+                NotADirectoryError: "part of its path is a file",
+            }
+            reason = reasons.get(type(error), error.strerror)
             raise ValueError(f"{data_dir}: cannot be a folder of shards ({reason}); choose another one") from None
         yield
 

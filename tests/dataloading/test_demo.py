@@ -25,6 +25,7 @@ from eclip.dataloading.demo_titles import CatalogProduct, alike, head_noun, name
 from eclip.dataloading.schema import SOURCES, Product
 from tests.helpers import rank_environment
 
+COMMAND = [sys.executable, "-m", "eclip.dataloading.demo", *"--workers 2 --limit 60 --no-progress".split()]
 SMALL = {"image_size": 64, "images_per_product": 6, "limit": 24, "workers": 1, "progress": False}
 
 
@@ -256,7 +257,7 @@ def test_a_stopped_run_leaves_the_shards_of_before(shards: Path, tmp_path: Path)
     folder = tmp_path / "out"
     shutil.copytree(shards, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".pack.lock"}
-    command = [sys.executable, "-m", "eclip.dataloading.demo", "--out", str(folder), "--workers", "2", "--no-progress"]
+    command = [*COMMAND, "--out", str(folder)]
     with subprocess.Popen(
         command, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -275,7 +276,7 @@ def test_a_stopped_run_leaves_the_shards_of_before(shards: Path, tmp_path: Path)
 
 
 def test_composing_processes_die_with_a_killed_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "eclip.dataloading.demo", "--out", str(tmp_path), "--workers", "2"]
+    command = [*COMMAND, "--out", str(tmp_path)]
     with subprocess.Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             _wait_for(lambda: list(tmp_path.glob(".packing/*.tar")) or run.poll() is not None)

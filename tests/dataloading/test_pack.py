@@ -289,6 +289,10 @@ def test_places_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.
         ("--table", tmp_path / "none.csv"),
         ("--table", tmp_path),
         ("--val", "2"),
+        ("--val", "much"),
+        ("--column", "title"),
+        ("--encoding", "klingon"),
+        ("--separator", "ab"),
         ("--test", "nan"),
         ("--val", "-0.1"),
         ("--quality", "0"),
@@ -462,6 +466,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "train 3; 6 images; 7 rejected (3 rows, 2 images, 2 products)" in printed
     assert "1 x file not found" in printed
     assert "val=2.0" in refused([*where, "--val", "2"], capsys)
+    assert "required: --out; --help" in refused(where[:4], capsys)
     with pytest.raises(SystemExit) as stop:
         pack.main(["--help"])
     shown = capsys.readouterr().out
