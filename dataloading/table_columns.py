@@ -50,6 +50,11 @@ def compact(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
+def _base(name: str) -> str:
+    """`compact` of a column that may be its name's second, called "title (2)"."""
+    return compact(re.sub(r" \(\d+\)$", "", name))
+
+
 def _prefixed(name: str, prefix: str) -> str:
     """What follows "title_" or "attribute_" in a column's name, or ""."""
     return name[len(prefix) :].strip() if name.casefold().startswith(prefix) else ""
@@ -61,7 +66,7 @@ _KNOWN = {alias for aliases in ALIASES.values() for alias in aliases}
 def is_known(name: str) -> bool:
     """Whether a column of this name may serve a field."""
     short = compact(name)
-    known = short in _KNOWN or short.rstrip("0123456789") in ALIASES["image"]
+    known = _base(name) in _KNOWN or short.rstrip("0123456789") in ALIASES["image"]
     prefixed = _prefixed(name, "title_") or _prefixed(name, "attribute_")
     return known or bool(prefixed) or _FURTHER_IMAGES.fullmatch(short) is not None
 
@@ -130,7 +135,7 @@ class Mapper:
         check_fields(given)
         self.table, self.names, self.filled = table, names, filled
         self.given = {name: self._told(name, column) for name, column in given.items()}
-        self.taken = set(self.given.values())
+        self.taken = {column for name, column in self.given.items() if name in FIELDS}
         self.notes: list[str] = []
 
     @staticmethod
@@ -139,7 +144,7 @@ class Mapper:
         return ", ".join(names[:_LISTED]) + more
 
     def image_candidates(self) -> list[list[str]]:
-        """Groups of columns that may hold the images, best first: image; image_1, image_2, ...; additional ones."""
+        """Groups of columns that may hold the images, best first: image; image_1, image_2, ...; further ones."""
         if "image" in self.given:
             return [[self.given["image"]]]
         free = [name for name in self.names if name not in self.taken]
@@ -148,9 +153,14 @@ class Mapper:
             numbers = {name: compact(name)[len(alias) :] for name in free if compact(name).startswith(alias)}
             group = [name for name, number in numbers.items() if not number or number.isdecimal()]
             groups.append(sorted(group, key=lambda name: int(numbers[name] or 0)))
-        groups.append([name for name in free if _FURTHER_IMAGES.fullmatch(compact(name))])
+        groups.append(self.further_images())
         groups = [[name for name in group if name in self.filled] or group for group in groups if group]
         return sorted(groups, key=lambda group: group[0] not in self.filled)
+
+    def further_images(self) -> list[str]:
+        """Columns that add to a first one's images, such as additional_image_link."""
+        free = [] if "image" in self.given else [name for name in self.names if name not in self.taken]
+        return [name for name in free if _FURTHER_IMAGES.fullmatch(compact(name))]
 
     def columns(self, images: Sequence[str]) -> Columns:
         """The mapping, with these columns for the images. Raises ValueError when there is no title."""
@@ -203,8 +213,8 @@ class Mapper:
         """Free columns by alias, best first, the empty ones last."""
         free = [column for column in self.names if column not in self.taken]
         aliases = [alias for alias in ALIASES[name] if alias not in without]
-        alike = [[c for c in free if compact(c) == alias and c in self.filled] for alias in aliases]
-        empty = [[c for c in free if compact(c) == alias and c not in self.filled] for alias in aliases]
+        alike = [[c for c in free if _base(c) == alias and c in self.filled] for alias in aliases]
+        empty = [[c for c in free if _base(c) == alias and c not in self.filled] for alias in aliases]
         return [columns for columns in alike + empty if columns]
 
     def _candidate(self, name: str, without: Collection[str] = ()) -> str:

@@ -83,22 +83,30 @@ class Table:
     """An opened table; made by `open_table`."""
 
     def __init__(
-        self, source: CsvSource | JsonSource, scan: Scan, columns: Columns, images: ImageNames, found: tuple[int, int]
+        self,
+        source: CsvSource | JsonSource,
+        count: int,
+        columns: Columns,
+        images: ImageNames,
+        *,
+        found: int,
+        looked_up: int,
     ) -> None:
         self.name = source.text.path.name
-        self.count = scan.rows
+        self.count = count
         self.columns = columns
-        self._source, self._images, self._found = source, images, found
+        self._source, self._images = source, images
+        self._found, self._looked_up = found, looked_up
 
     def summary(self) -> list[str]:
         """How the table was understood, in lines to print before any work."""
         kind = f"{self._source.describe()}, encoding {self._source.text.named}"
-        found, looked_up = self._found
+        found = f"{self._found} of {self._looked_up} looked up are below {self._images.folder}"
         return [
             f"{self.name}: {self.count} row{'s' * (self.count != 1)}, {kind}",
             f"  columns: {self.columns.describe()}",
             *(f"  {note}" for note in self.columns.notes),
-            f"  images: {self._images.describe()}; {found} of {looked_up} looked up are below {self._images.folder}",
+            f"  images: {self._images.describe()}; {found}",
         ]
 
     def rows(self, rejected: list[Rejection]) -> Iterator[Row]:
@@ -188,8 +196,9 @@ def open_table(
     source = _open(path, columns, encoding, separator, quotes)
     scan = _scan(source, columns)
     mapper = Mapper(str(path), scan.names, scan.filled, columns)
-    chosen, names, found = _look_up(mapper, scan, images)
-    return Table(source, scan, mapper.columns(chosen), names, found)
+    look = _look_up(mapper, scan, images)
+    mapping = mapper.columns(look.columns)
+    return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names))
 
 
 def _open(
@@ -259,26 +268,37 @@ def _scan(source: CsvSource | JsonSource, columns: Mapping[str, str]) -> Scan:
     return Scan(rows=rows, names=tuple(names), sample=tuple(sample))
 
 
-def _look_up(mapper: Mapper, scan: Scan, folder: Path) -> tuple[list[str], ImageNames, tuple[int, int]]:
-    """The columns of images, how their cells are read, and how many of the sample's names are there, of how many."""
-    best: tuple[list[str], ImageNames, tuple[int, int]] | None = None
-    first: tuple[list[str], str] | None = None
-    groups = mapper.image_candidates()
-    for columns in groups:
-        cells = [cells[name] for cells in scan.sample for name in columns if name in cells]
-        reader = ImageNames(folder)
-        reader.learn(cells)
-        names = [name for cell in cells for name in _names(reader, cell)]
-        found = sum(reader.exists(name) for name in names)
-        if found:
-            best = (columns, reader, (found, len(names)))
-            break
-        first = first or ((names, columns[0]) if names else None)
-    if best is None:
-        if first:
-            raise ValueError(f"{mapper.table}: {explain_absence(folder, *first)}")
-        return (groups[0] if groups else []), ImageNames(folder), (0, 0)
-    return best
+@dataclass(frozen=True)
+class _Look:
+    """Columns of images, how their cells are read, the names in the sample and how many of these are there."""
+
+    columns: list[str]
+    reader: ImageNames
+    names: list[str]
+    found: int
+
+
+def _look(scan: Scan, folder: Path, columns: list[str]) -> _Look:
+    cells = [row[name] for row in scan.sample for name in columns if name in row]
+    reader = ImageNames(folder)
+    reader.learn(cells)
+    names = [name for cell in cells for name in _names(reader, cell)]
+    return _Look(columns, reader, names, sum(map(reader.exists, names)))
+
+
+def _look_up(mapper: Mapper, scan: Scan, folder: Path) -> _Look:
+    """The first candidates for columns of images whose files are there, with further columns of which that is true."""
+    looks: list[_Look] = []
+    for columns in mapper.image_candidates():
+        looks.append(_look(scan, folder, columns))
+        if looks[-1].found:
+            others = [name for name in mapper.further_images() if name not in columns]
+            more = [name for name in others if _look(scan, folder, [name]).found]
+            return _look(scan, folder, [*columns, *more]) if more else looks[-1]
+    named = next((look for look in looks if look.names), None)
+    if named:
+        raise ValueError(f"{mapper.table}: {explain_absence(folder, named.names, named.columns[0])}")
+    return looks[0] if looks else _Look([], ImageNames(folder), [], 0)
 
 
 def _names(reader: ImageNames, cell: Any) -> list[str]:
