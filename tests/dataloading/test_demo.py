@@ -25,7 +25,7 @@ from eclip.dataloading.demo_titles import CatalogProduct, alike, head_noun, name
 from eclip.dataloading.schema import SOURCES, Product
 from tests.helpers import rank_environment
 
-COMMAND = [sys.executable, "-m", "eclip.dataloading.demo", *"--workers 2 --limit 60 --no-progress".split()]
+COMMAND = [sys.executable, "-m", "eclip.dataloading.demo", "--workers", "2", "--limit", "60", "--no-progress"]
 SMALL = {"image_size": 64, "images_per_product": 6, "limit": 24, "workers": 1, "progress": False}
 
 
