@@ -178,15 +178,9 @@ def set_aside(damaged: Iterable[Path]) -> None:
         path.rename(target)
 
 
-def delete_partial(run_dir: Path) -> None:
-    """Remove what dead runs did not finish. Only for the run that owns the folder."""
-    for path in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}"):
-        delete(path)
-
-
 def delete(path: Path) -> None:
-    """Remove a folder, a link to one, or nothing."""
-    if path.is_symlink():
+    """Remove a file, a folder, a link to one, or nothing."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import DAMAGED, delete, delete_partial, list_checkpoints
+from .checkpoint_files import DAMAGED, delete, list_checkpoints
 from .config import RunConfig
 from .dataloading.lock import alone
 from .dataloading.text import WordPiece
@@ -35,9 +35,9 @@ LOCK = ".lock"
 _NEW = ".new"
 _OWN = (
     CONFIG, DATA, TOKENIZER, METRICS, "wandb.json", "launch.json", "evaluation*.json", "grounding*.png",
-    "nonfinite_step*.json", "tensorboard/events.out.tfevents.*", f"*.json{PARTIAL}", f"{METRICS}{PARTIAL}",
-    f"checkpoints/step_*{DAMAGED}",
+    "nonfinite_step*.json", "tensorboard/events.out.tfevents.*", f"checkpoints/step_*{DAMAGED}",
 )  # fmt: skip
+_UNFINISHED = (f"*.json{PARTIAL}", f"{METRICS}{PARTIAL}", f"checkpoints/step_*{PARTIAL}")
 _FOLDERS = ("checkpoints", "tokenizer", "tensorboard")
 _BUSY = "{}: a run writes there now ({}); wait for it, stop it or choose another --run-dir (evaluating it is fine)"
 _LOCK_PATIENCE = 3.0  # seconds: a killed run's data workers, or the rank before a restart, may take one to be gone
@@ -153,7 +153,8 @@ def install(
         with writing(run_dir):
             if replace:
                 delete_run(run_dir)
-            delete_partial(run_dir)
+            for unfinished in (p for pattern in _UNFINISHED for p in run_dir.glob(pattern)):
+                delete(unfinished)
             for file in sorted(p for p in new.rglob("*") if p.is_file()):
                 target = run_dir / file.relative_to(new)
                 target.parent.mkdir(exist_ok=True)
@@ -175,7 +176,7 @@ def _save_tokenizer(tokenizer: WordPiece, path: Path) -> None:
 def delete_run(run_dir: Path) -> None:
     """Delete what a run wrote and nothing else."""
     for path in (*list_checkpoints(run_dir), *(p for pattern in _OWN for p in run_dir.glob(pattern))):
-        path.unlink() if path.is_file() or path.is_symlink() else delete(path)
+        delete(path)
     for name in _FOLDERS:
         with suppress(OSError):  # absent, or another's files are in it
             (run_dir / name).rmdir()

@@ -217,14 +217,15 @@ def test_a_damaged_newest_checkpoint_is_set_aside(
     data_dir: Path, run_dir: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     os.truncate(run_dir / "checkpoints" / "step_00000002" / "__0_0.distcp", 1000)
-    stale = run_dir / "checkpoints" / "step_00000007.partial"
-    stale.mkdir()
+    (run_dir / "checkpoints" / "step_00000007.partial").mkdir()  # of runs that were killed
+    (run_dir / "config.json.partial").write_text("{")
     assert train(_config(data_dir, run_dir, resume=True, steps=3, keep_checkpoints=2), ALONE)
     assert "resumed at step 1 " in capsys.readouterr().out
     assert "step_00000002/__0_0.distcp: 1000 bytes" in caplog.text
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
         "step_00000001", "step_00000002.damaged", "step_00000003", "best",
     }  # fmt: skip
+    assert not list(run_dir.glob("*.partial"))
 
 
 def test_locked_towers_come_from_the_checkpoint(
