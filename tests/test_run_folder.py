@@ -1,10 +1,13 @@
 """Who owns a run folder: one run at a time, also across processes and kills; readers never wait."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -66,6 +69,20 @@ def test_a_killed_run_lets_go_within_the_patience(tmp_path: Path, monkeypatch: p
     with own(tmp_path):
         pass
     holder.stdout.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_serves_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """Lustre mounted without flock, some NFS."""
+    (tmp_path / ".lock").write_text("an earlier run")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    refuse_busy(tmp_path)
+    with own(tmp_path):
+        pass
+    (record,) = caplog.records
+    assert "no locks on this file system" in record.message
 
 
 def test_what_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
