@@ -165,9 +165,11 @@ def put_in_place(partial: Path, state: Mapping[str, Any]) -> Path:
 
 
 def keep_newest(run_dir: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`."""
+    """Delete all but the `keep` newest checkpoints up to `step`. A kill in between leaves no half one of that name."""
     for old in [p for p in list_checkpoints(run_dir) if _step_of(p) <= step][:-keep]:
-        delete(old)
+        dying = old.with_name(old.name + PARTIAL)
+        delete(dying)
+        delete(old.rename(dying))
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
