@@ -3,6 +3,7 @@
 import codecs
 import io
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +91,16 @@ def open_text(path: Path, encoding: str | None = None) -> TextFile:
     unknown or contradicts the mark, and for UTF-16 without a mark.
     """
     try:
-        if path.is_dir():
-            raise ValueError(f"{path}: a folder; expected a table")
-        if os.path.lexists(path) and not path.is_file():
-            raise ValueError(f"{path}: not a file that can be read twice; expected a table on disk")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a file on disk, which can be read twice"
+            raise ValueError(f"{path}: {kind}; expected a table")
         with path.open("rb") as data:
             head = data.read(_HEAD)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     if not head.strip(b"\xef\xbb\xbf\xff\xfe \t\r\n"):
         raise ValueError(f"{path}: empty; expected a table whose first line names the columns")
     for magic, kind in _FOREIGN:
@@ -120,7 +121,7 @@ def _given(path: Path, encoding: str, mark: str | None) -> TextFile:
         name = codecs.lookup(encoding).name
     except (LookupError, ValueError):
         known = "utf-8, utf-16, cp1252, iso-8859-1, gb18030, cp932"
-        raise ValueError(f"--encoding {encoding}: unknown to Python; expected a name such as {known}") from None
+        raise ValueError(f"--encoding {encoding!r}: unknown to Python; expected a name such as {known}") from None
     if mark is None:
         return TextFile(path, "utf-8-sig" if name == "utf-8" else name, encoding)
     family = mark.removesuffix("-sig")

@@ -1,0 +1,162 @@
+"""Opening tables and reading their rows; what the parts do in detail is tested with them."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from eclip.dataloading.rejection import Rejection
+from eclip.dataloading.tables import add_table_arguments, open_table, table_options
+from tests.dataloading.table_files import GOOD, HEADER, image_folder, read, refusal, table_of
+
+
+def test_a_row(tmp_path: Path) -> None:
+    header = "product,title,category,image,sku,source,catalog,title_de,attribute_colour\n"
+    rows, rejected = read(
+        tmp_path, header + "P1,Chair,Chairs,a.jpg|b.jpg,s,Customer,c,Stuhl,red\nP2,Desk,Desks,c.jpg,,,,,\n"
+    )
+    assert vars(rows[0]) == {
+        "number": 1,
+        "product": "P1",
+        "title": "Chair",
+        "category": "Chairs",
+        "images": ("a.jpg", "b.jpg"),
+        "sku": "s",
+        "source": "customer",
+        "catalog": "c",
+        "titles": {"de": "Stuhl"},
+        "attributes": {"colour": "red"},
+    }
+    assert (rows[1].sku, rows[1].source, rows[1].catalog) == ("P2", "detail", "P2")
+    assert rows[1].titles == {} and rows[1].attributes == {} and not rejected
+
+
+def test_rejections_stand_in_order_beside_the_good_rows(tmp_path: Path) -> None:
+    lines = [
+        GOOD,
+        "P2,,Chairs,a.jpg\n",
+        "P3,Desk,Desks\n",
+        GOOD,
+        ",Lamp,Lamps,a.jpg\n",
+        "P6,Lamp,,a.jpg\n",
+        "P7,Sofa,Sofas,\n",
+    ]
+    rows, rejected = read(tmp_path, HEADER + "".join(lines))
+    assert [row.number for row in rows] == [1, 4]
+    assert [(r.kind, r.where, r.reason, r.detail) for r in rejected] == [
+        ("row", "t.csv, row 2", "no title", "line 3"),
+        ("row", "t.csv, row 3", "fewer cells than the header", "line 4: 3 instead of 4"),
+        ("row", "t.csv, row 5", "no product", "line 6"),
+        ("row", "t.csv, row 6", "no category", "line 7"),
+        ("row", "t.csv, row 7", "no image", "line 8"),
+    ]
+
+
+def test_rows_can_be_read_again(tmp_path: Path) -> None:
+    table = table_of(tmp_path, HEADER + GOOD + "P2,,,\n")
+    first, second = ([], []), ([], [])
+    for rows, rejected in (first, second):
+        rows.extend(table.rows(rejected))
+    assert first == second and len(first[0]) == 1 and len(first[1]) == 1 and table.count == 2
+
+
+@pytest.mark.parametrize(
+    "name, way_out",
+    [
+        ("t.xlsx", "save the sheet as 'CSV UTF-8'"),
+        ("t.XLS", "save the sheet"),
+        ("t.parquet", "read_parquet"),
+        ("t.csv.gz", "gunzip"),
+        ("t.zip", "unzip"),
+        ("t.xml", "save the table as CSV"),
+        ("table", "save the table as CSV"),
+    ],
+)
+def test_other_kinds_are_refused_with_a_way_out(tmp_path: Path, name: str, way_out: str) -> None:
+    message = refusal(tmp_path, HEADER + GOOD, name)
+    assert (
+        "expected a table ending in .csv, .tsv, .tab, .txt, .jsonl, .ndjson or .json" in message and way_out in message
+    )
+
+
+def test_a_missing_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(HEADER + GOOD)
+    (tmp_path / "file").touch()
+    for name in ("none", "file", "t.csv"):
+        with pytest.raises(ValueError, match="no such folder of images"):
+            open_table(tmp_path / "t.csv", tmp_path / name)
+
+
+def test_what_is_broken_far_down_is_found_when_the_table_is_opened(tmp_path: Path) -> None:
+    many = HEADER + GOOD * 5000
+    image_folder(tmp_path)
+    for tail, message in ((b'P,"a,A,a.jpg\n', "line 5002"), (b"P,\xff,A,a.jpg\n", "line 5002")):
+        (tmp_path / "t.csv").write_bytes(many.encode() + tail + GOOD.encode() * 10)
+        with pytest.raises(ValueError, match=message):
+            open_table(tmp_path / "t.csv", tmp_path / "photos")
+
+
+def test_a_table_is_understood_by_rows_from_all_over_it(tmp_path: Path) -> None:
+    """A column that is filled, and files that are there, late in the table only."""
+    early = "".join(f"P{n},,Chair {n},lost{n}.jpg\n" for n in range(3000))
+    late = "".join(f"P{n},Desk {n},x,a.jpg\n" for n in range(3000, 6000))
+    table = table_of(tmp_path, "id,title,name,image\n" + early + late)
+    rejected: list[Rejection] = []
+    assert sum(1 for _ in table.rows(rejected)) == 3000 and len(rejected) == 3000
+    assert "preferred to name" in "".join(table.summary())
+
+
+def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
+    def peak(rows: int) -> int:
+        text = "".join(f"P{n},{'chair ' * 20}{n},Chairs,a.jpg\n" for n in range(rows))
+        tracemalloc.start()
+        try:
+            table = table_of(tmp_path, HEADER + text)
+            del text
+            tracemalloc.reset_peak()
+            assert sum(1 for _ in table.rows([])) == rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # imports and caches
+    assert peak(8000) < 1_000_000  # the text alone is 1.2 MB
+
+
+def test_the_flags(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_table_arguments(parser)
+    assert table_options(parser.parse_args([])) == {"columns": {}, "encoding": None, "separator": None, "quotes": True}
+    flags = ["--column", "title=what", "--column", "sku=", "--encoding", "cp1252", "--separator", "pipe", "--no-quotes"]
+    options = table_options(parser.parse_args(flags))
+    content = 'product|what|category|image\nP1|"Stühle|A|a.jpg\n'.encode("cp1252")
+    (row,), _ = read(tmp_path, content, **options)
+    assert row.title == '"Stühle'
+    with pytest.raises(ValueError, match="FIELD=NAME"):
+        table_options(parser.parse_args(["--column", "title"]))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from eclip.dataloading.tables import open_table
+table = open_table(Path(sys.argv[1]), Path(sys.argv[2]))
+rejected = []
+print(json.dumps([[row.title, row.images] for row in table.rows(rejected)]))
+"""
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_the_locale_does_not_matter(tmp_path: Path, locale: dict[str, str]) -> None:
+    photos = image_folder(tmp_path)
+    (photos / "stühle, rot.jpg").touch()
+    (tmp_path / "t.csv").write_text(HEADER + 'P1,Stühle 椅子,Stühle,"stühle, rot.jpg"\n', encoding="utf-8")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "t.csv"), str(photos)]
+    done = subprocess.run(command, env=os.environ | locale, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["Stühle 椅子", ["stühle, rot.jpg"]]]
