@@ -21,6 +21,12 @@ def has_launcher() -> bool:
     return under_torchrun() or "WORLD_SIZE" in os.environ
 
 
+def is_local(rank: int) -> bool:
+    """Whether a rank has the same torchrun process as this one."""
+    first = int(os.environ.get("RANK", 0)) - int(os.environ.get("LOCAL_RANK", 0))
+    return first <= rank < first + int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def may_restart() -> bool:
     """Whether torchrun answers a failure by starting the ranks again (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0

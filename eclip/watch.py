@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .rendezvous import Meeting
-from .torchrun import under_torchrun, write_error_file
+from .torchrun import is_local, under_torchrun, write_error_file
 
 INTERVAL = 1.0
 _LEAVE_SECONDS = 10.0  # between another rank's failure and the end of a main thread that stands in a collective
@@ -188,5 +188,9 @@ class Watch:
 
 
 def write_peer_error(failure: Failure) -> None:
-    """torchrun's entry of a rank that left because of another: later than the cause, which its summary ends with."""
-    write_error_file(f"left because rank {failure.rank} failed: {failure.line}", when=failure.when + 1)
+    """torchrun's entry of a rank that left because of another: later than the cause, which its summary ends with.
+
+    The summary is of one node: it repeats the line of a rank of another one.
+    """
+    why = f"left because rank {failure.rank} failed"
+    write_error_file(why if is_local(failure.rank) else f"{why}: {failure.line}", when=failure.when + 1)

@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eclip.prepare
 import eclip.train
 from eclip.checkpoint import load_run
 from eclip.checkpoint_files import list_checkpoints
 from eclip.config import RunConfig
-from eclip.dataloading.shard_writer import write_shards
 from eclip.files import CannotWrite
 from eclip.parallel import Ranks
 from eclip.presets import PRESETS
