@@ -58,6 +58,9 @@ def check_usable(run_dir: Path) -> None:
     """Raise ValueError where a run may not write: a file, another program's folder. Changes nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: a file; choose a folder for --run-dir")
+    for name in _FOLDERS:
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise ValueError(f"{run_dir / name}: a file where a run has a folder; choose another --run-dir")
     if not is_run(run_dir):
         foreign = [name for name in (CONFIG, DATA, *_FOLDERS, METRICS) if (run_dir / name).exists()]
         if foreign:

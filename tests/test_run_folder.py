@@ -110,6 +110,9 @@ def test_what_counts_as_a_run(tmp_path: Path) -> None:
         check_usable(tmp_path)
     (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)  # damaged settings, but a run
     check_usable(tmp_path)
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(ValueError, match="tensorboard: a file where a run has a folder"):
+        check_usable(tmp_path)
 
 
 def test_linked_checkpoints_are_unlinked_not_emptied(tmp_path: Path) -> None:
