@@ -2,8 +2,12 @@
 
 A vocabulary is trained on the catalogue's own text (the same text gives the same vocabulary), or read from a BERT
 vocab.txt so that pretrained text towers fit. No padding: a batch is one row of ids and the cumulative lengths.
+
+Text must be read as the vocabulary was made: capitals in lower case where it has none, accents stripped where it has
+none. Read otherwise, words become [UNK] and a tower learns nothing from titles, without a word; so both are checked.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,14 +16,43 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+from .vocabulary import SPECIALS, read_vocabulary
+
 _FILE = "tokenizer.json"
 _LONGEST_WORD = 100  # letters; BERT's limit, longer ones are [UNK]
 _PRIVATE = 0xF0000  # first code point of the private planes, which titles do not use
+# BERT's uncased vocabularies hold at most a few pieces that lower-cased text never has, cased ones a quarter and more.
+_MOST_CAPITALS, _MOST_ACCENTS = 0.05, 0.01
+_MOST_UNKNOWN = 0.1
+_SAMPLE = 2000  # texts on which the share of unknown pieces is counted: 0.1 s
 
 
-def _bert_normalizer() -> normalizers.Normalizer:
-    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=True)
+def _bert_normalizer(*, lowercase: bool = True, strip_accents: bool | None = None) -> normalizers.Normalizer:
+    """strip_accents: None does as BERT, which strips them where it lower-cases."""
+    return normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
+    )
+
+
+def _accents_stripped(piece: str) -> str:
+    """As the normalizer does it: Korean syllables come apart too."""
+    return "".join(c for c in unicodedata.normalize("NFD", piece) if unicodedata.category(c) != "Mn")
+
+
+def _normalizer_for(vocab: Iterable[str], cased: bool, where: str) -> normalizers.Normalizer:
+    """Read text as the vocabulary was made. Raises ValueError for a cased one that is to be read in lower case."""
+    if cased:
+        return _bert_normalizer(lowercase=False, strip_accents=False)
+    pieces = [piece for piece in vocab if not (piece.startswith("[") and piece.endswith("]"))]
+    capitals = [piece for piece in pieces if piece != piece.lower()]
+    if len(capitals) > _MOST_CAPITALS * len(pieces):
+        raise ValueError(
+            f"{where}: a cased vocabulary: {len(capitals)} of its {len(pieces)} pieces have capitals "
+            f"({', '.join(map(repr, capitals[:3]))}), which text in lower case never has; say --cased, or give the "
+            f"uncased one"
+        )
+    accented = sum(piece != _accents_stripped(piece) for piece in pieces)
+    return _bert_normalizer(strip_accents=False if accented > _MOST_ACCENTS * len(pieces) else None)
 
 
 def _train_pieces(texts: Iterable[str], limit: int) -> list[str]:
@@ -72,12 +105,9 @@ class WordPiece:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
 
     @classmethod
-    def _from_vocab(cls, vocab: dict[str, int], where: str) -> "WordPiece":
-        absent = [name for name in SPECIALS if name not in vocab]
-        if absent:
-            raise ValueError(f"{where}: no {', '.join(absent)}; a BERT vocabulary holds all of {', '.join(SPECIALS)}")
+    def _from_vocab(cls, vocab: dict[str, int], normalizer: normalizers.Normalizer) -> "WordPiece":
         tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
-        tokenizer.normalizer = _bert_normalizer()
+        tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
         tokenizer.decoder = decoders.WordPiece()
@@ -95,31 +125,61 @@ class WordPiece:
         pieces = _train_pieces(texts, vocab_size - len(SPECIALS))
         if not pieces:
             raise ValueError("the vocabulary's texts hold no word; give titles, or a BERT vocab.txt (--vocab-file)")
-        return cls._from_vocab({piece: i for i, piece in enumerate([*SPECIALS, *pieces])}, "trained vocabulary")
+        return cls._from_vocab({piece: i for i, piece in enumerate([*SPECIALS, *pieces])}, _bert_normalizer())
 
     @classmethod
-    def from_vocab_file(cls, path: Path) -> "WordPiece":
-        """A BERT vocab.txt: one piece a line, the line's number is its id. Text is lower-cased (uncased models)."""
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        vocab = {line: i for i, line in enumerate(lines)}
-        if len(vocab) != len(lines):
-            raise ValueError(f"{path}: {len(lines) - len(vocab)} pieces occur twice; every line must be its own piece")
-        return cls._from_vocab(vocab, str(path))
+    def from_vocab_file(cls, path: Path, *, cased: bool = False) -> "WordPiece":
+        """A BERT vocab.txt: one piece a line, the line's number is its id.
+
+        cased: leave text as it is. Otherwise it is lower-cased and, unless the vocabulary has accents, stripped of
+        them. Raises ValueError, one line, for other files, and for a cased vocabulary without `cased`.
+        """
+        vocab = read_vocabulary(Path(path))
+        return cls._from_vocab(vocab, _normalizer_for(vocab, cased, str(path)))
+
+    def require_known(self, texts: Sequence[str], where: str, advice: str) -> None:
+        """Raise ValueError when more than a tenth of the pieces of `texts` (a sample of them) is [UNK].
+
+        where: the vocabulary's name, and advice: what to do: beginning and end of the message.
+        """
+        sample = texts[:: max(1, len(texts) // _SAMPLE)]
+        total, unknown = 0, Counter[str]()
+        for text in sample:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            total += len(encoding.ids)
+            found = zip(encoding.ids, encoding.offsets, strict=True)
+            unknown.update(text[start:end] for piece, (start, end) in found if piece == self.unk_id)
+        share = unknown.total() / max(1, total)
+        if share > _MOST_UNKNOWN:
+            words = ", ".join(repr(word) for word, _ in unknown.most_common(5))
+            raise ValueError(
+                f"{where}: {share:.0%} of the pieces of the catalogue's text are unknown to it, at most "
+                f"{_MOST_UNKNOWN:.0%} may be (e.g. {words}); {advice}"
+            )
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, which `load` and the `tokenizers` library read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._tokenizer.no_truncation()
         self._max_tokens = 0
-        self._tokenizer.save(str(Path(folder) / _FILE))
+        # Not Tokenizer.save: of a full disk it raises an Exception of no special kind.
+        (Path(folder) / _FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "WordPiece":
-        """Read what `save` wrote. Raises ValueError when the folder holds none."""
+        """Read what `save` wrote. Raises ValueError when the folder holds none, or a damaged one."""
         path = Path(folder) / _FILE
         if not path.is_file():
             raise ValueError(f"{path}: no tokenizer there; a run folder holds one from its first step on")
-        return cls(Tokenizer.from_file(str(path)))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more special
+            words = " ".join(str(error).split())
+            raise ValueError(f"{path}: damaged ({words}); restore it from a copy of the run") from None
+        absent = [name for name in SPECIALS if tokenizer.token_to_id(name) is None]
+        if absent:
+            raise ValueError(f"{path}: no {', '.join(absent)} in it; restore it from a copy of the run")
+        return cls(tokenizer)
 
     def encode(self, texts: Sequence[str], max_tokens: int = 55) -> tuple[Tensor, Tensor]:
         """Texts to a ragged batch: tokens (total,) int64 and cu_seqlens (n+1,) int32.

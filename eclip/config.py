@@ -123,6 +123,8 @@ class DataConfig:
     decoder: Literal["auto", "dali", "torch"] = "auto"
     """JPEG decode and augmentation: DALI, or a DCT-scaled decode in workers; auto takes the faster installed."""
     num_workers: int = 1
+    stall_seconds: int = 300
+    """How long a batch may take before the run stops and says what its data workers do; 0: without limit."""
     max_tokens: int = 55
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area share of the random resized crop."""
@@ -132,7 +134,7 @@ class DataConfig:
         "demo_image_size": Rule(low=32, high=512, why="the embedded views have 192 px"),
         "demo_images_per_product": Rule(low=2, why="pairs need images of two sources"),
         "demo_products": Rule(low=20, why="fewer leave a split without distractors"),
-        "num_workers": _ZERO_OR_MORE,
+        **dict.fromkeys(("num_workers", "stall_seconds"), _ZERO_OR_MORE),
         "max_tokens": Rule(low=3, why="[CLS], one piece and [SEP] need 3"),
     }
 
@@ -233,7 +235,7 @@ class RunConfig:
     overwrite: bool = False
     """Without --resume: delete what an earlier run wrote to run_dir instead of refusing (runs/debug needs no flag)."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is also written after the last step and at SIGTERM."""
+    """Steps between checkpoints; one is also written after the last step and at SIGTERM, SIGINT and SIGUSR1."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     log_every: int = 10
@@ -247,8 +249,13 @@ class RunConfig:
     """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
     text_weights: Path | None = None
     """Local safetensors file (Hugging Face BERT names) that initialises the text tower."""
+    image_tower: str | None = None
+    """Which tower of a file of several: the beginning of its tensors' names (student, teacher)."""
+    text_tower: str | None = None
     vocab_file: Path | None = None
     """BERT vocab.txt; without it WordPiece is trained on the catalogue's text."""
+    cased: bool = False
+    """The vocabulary has capitals and accents: leave titles as they are instead of lower-casing them."""
     lock_image: bool = False
     """Keep the image tower's weights; only what follows it is trained."""
     lock_text: bool = False
@@ -281,6 +288,21 @@ class RunConfig:
             "--cache-features needs --lock-image: features of a tower that trains go stale",
         )
         require(self.wandb != "", "wandb='': give the project's name, --wandb NAME")
+        require(
+            self.text_weights is None or self.vocab_file is not None,
+            f"--text-weights {self.text_weights} without --vocab-file: the rows of its embedding are the lines of its "
+            f"own vocabulary; give that model's vocab.txt",
+        )
+        require(
+            self.vocab_file is not None or not self.cased,
+            "--cased without --vocab-file: a vocabulary learnt from the catalogue is lower-case; give --vocab-file",
+        )
+        for name in ("image", "text"):
+            require(
+                getattr(self, f"{name}_tower") is None or getattr(self, f"{name}_weights") is not None,
+                f"--{name}-tower {getattr(self, f'{name}_tower')} without --{name}-weights: it says which tower of "
+                f"that file is meant",
+            )
         require(
             self.data.max_tokens <= self.model.max_positions,
             f"max_tokens={self.data.max_tokens} exceeds max_positions={self.model.max_positions}; "

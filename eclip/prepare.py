@@ -115,7 +115,7 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
 def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
     """The given BERT vocabulary, or one of at most model.vocab_size pieces learnt from the catalogue's text."""
     if config.vocab_file is not None:
-        return WordPiece.from_vocab_file(config.vocab_file)
+        return WordPiece.from_vocab_file(config.vocab_file, cased=config.cased)
     return WordPiece.train(index.texts(), config.model.vocab_size)
 
 
@@ -233,7 +233,9 @@ def _as_trained(saved: RunConfig, config: RunConfig) -> RunConfig:
 def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -> WordPiece:
     """A new run's tokenizer, or the resumed run's own."""
     if checkpoint is None:
-        return make_tokenizer(config, index)
+        tokenizer = make_tokenizer(config, index)
+        _require_known_titles(tokenizer, config, index)
+        return tokenizer
     kept = read_tokenizer(config.run_dir, checkpoint.state.get("tokenizer"))
     given = config.vocab_file is not None and config.vocab_file.is_file()
     if given and _vocabulary(make_tokenizer(config, index)) != _vocabulary(kept):
@@ -242,6 +244,16 @@ def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -
             f"same one or none"
         )
     return kept
+
+
+def _require_known_titles(tokenizer: WordPiece, config: RunConfig, index: ShardIndex) -> None:
+    """Raise ValueError when the vocabulary is not that of the catalogue's language or case."""
+    if config.vocab_file is None:
+        tokenizer.require_known(index.texts(), f"the vocabulary of {tokenizer.vocab_size} pieces", "raise --vocab-size")
+    else:
+        case = "leave out --cased if its pieces are" if config.cased else "say --cased if its pieces are not"
+        advice = f"give one of the catalogue's language, or {case} lower-case"
+        tokenizer.require_known(index.texts(), f"--vocab-file {config.vocab_file}", advice)
 
 
 def _vocabulary(tokenizer: WordPiece) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ are pure functions of (seed, step): a resumed run repeats an unbroken one, and r
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +86,9 @@ def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
     torch.manual_seed(config.seed)
     model = ECLIP(config.model)
     if pretrained and config.image_weights is not None:
-        load_image_weights(model.image_encoder, config.image_weights)
+        load_image_weights(model.image_encoder, config.image_weights, tower=config.image_tower)
     if pretrained and config.text_weights is not None:
-        load_text_weights(model.text_encoder, config.text_weights)
+        load_text_weights(model.text_encoder, config.text_weights, tower=config.text_tower)
     if config.lock_image:
         model.image_encoder.requires_grad_(False)
     if config.lock_text:
@@ -119,6 +119,15 @@ def open_cache(model: ECLIP, prepared: Prepared, ranks: Ranks) -> FeatureCache |
     )
 
 
+def stall_limit(config: RunConfig, world_size: int) -> float:
+    """Seconds after which a loader without a batch stops the run; 0: never.
+
+    Other ranks wait for this one's batch in a collective, whose error could not name the cause: the loader is earlier.
+    """
+    limit = config.data.stall_seconds
+    return limit if world_size == 1 else min(limit, config.rank_timeout_seconds / 2)
+
+
 def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:
     config = prepared.config
     return ProductLoader(
@@ -131,6 +140,7 @@ def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:
         world_size=ranks.world_size,
         decoder="none" if config.cache_features else config.data.decoder,
         num_workers=config.data.num_workers,
+        stall_seconds=stall_limit(config, ranks.world_size),
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
         max_tokens=config.data.max_tokens,
@@ -266,7 +276,9 @@ class Trainer:
             return
         path = self.config.run_dir / f"nonfinite_step{self.step}_rank{self.ranks.rank}.json"
         own = {name: float(loss.detach()) for name, loss in losses.items()}
-        path.write_text(json.dumps({"step": self.step, "mean": values, "rank": own, "keys": batch.keys}, indent=1))
+        report = {"step": self.step, "mean": values, "rank": own, "keys": batch.keys}
+        with suppress(OSError):  # a full disk must not hide why the run ends
+            path.write_text(json.dumps(report, indent=1))
         bad = self.ranks.gather(not all(math.isfinite(value) for value in own.values()))
         if self.ranks.rank != (bad.index(True) if any(bad) else 0):  # gradients alone are the same on all
             raise PeerFailed(f"step {self.step}: not finite")
