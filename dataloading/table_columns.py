@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from .table_values import shown
+
 FIELDS = ("product", "title", "category", "image", "sku", "source", "catalog")
 
 _GROUPS = ("itemgroupid", "handle", "parentasin", "parentsku", "parentid")
@@ -16,16 +18,17 @@ _GROUPS = ("itemgroupid", "handle", "parentasin", "parentsku", "parentid")
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "product": (
         *("product", "productid", *_GROUPS, "id", "itemid", "articleid", "articlenumber", "productcode", "code"),
-        *("asin", "uniqid", "slug", "sku", "productsku", "gtin", "ean", "upc", "mpn"),
+        *("asin", "uniqid", "labelgroup", "slug", "sku", "productsku", "gtin", "ean", "upc", "mpn"),
     ),
     "title": (
         *("title", "name", "productname", "producttitle", "itemname", "itemtitle", "productdisplayname"),
-        *("displayname", "articlename", "prodname", "titleen"),
+        *("displayname", "articlename", "prodname", "titleen", "caption"),
     ),
     "category": (
         *("category", "categories", "categoryname", "producttype", "productcategory", "googleproductcategory"),
         *("maincategory", "mastercategory", "subcategory", "categorypath", "articletype", "producttypename"),
         *("productgroup", "productgroupname", "department", "facets", "collection", "collections", "type"),
+        *("label", "classname"),
     ),
     "image": (
         *("image", "images", "imagepath", "imagepaths", "imagefile", "imagefilename", "imagefiles", "imagename"),
@@ -129,11 +132,16 @@ def check_fields(given: Mapping[str, str]) -> None:
 
 
 class Mapper:
-    """Chooses the columns of one table. names: its columns; filled: those with a cell that is not empty."""
+    """Chooses the columns of one table.
 
-    def __init__(self, table: str, names: Sequence[str], filled: Set[str], given: Mapping[str, str]) -> None:
+    names: its columns; filled: those with a cell that is not empty; texts: those of them with one that may be a text.
+    """
+
+    def __init__(
+        self, table: str, names: Sequence[str], given: Mapping[str, str], *, filled: Set[str], texts: Set[str]
+    ) -> None:
         check_fields(given)
-        self.table, self.names, self.filled = table, names, filled
+        self.table, self.names, self.filled, self.texts = table, names, filled, texts
         self.given = {name: self._told(name, column) for name, column in given.items()}
         self.taken = {column for name, column in self.given.items() if name in FIELDS}
         self.notes: list[str] = []
@@ -141,7 +149,21 @@ class Mapper:
     @staticmethod
     def _listed(names: Sequence[str]) -> str:
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(names[:_LISTED]) + more
+        return (
+            ", ".join(name if name.isprintable() and len(name) <= 60 else shown(name) for name in names[:_LISTED])
+            + more
+        )
+
+    def require(self) -> None:
+        """Raise ValueError, naming all columns, unless there is one for titles and one for images."""
+        there = {"title": self._choose("title"), "image": self.image_candidates()}
+        absent = [name for name, columns in there.items() if not columns]
+        if absent:
+            flags = " ".join(f"--column {name}=NAME" for name in absent)
+            raise ValueError(
+                f"{self.table}: no column for {' and '.join(absent)}; the first line must name the columns, and it "
+                f"has: {self._listed(self.names)}; say which with {flags}"
+            )
 
     def image_candidates(self) -> list[list[str]]:
         """Groups of columns that may hold the images, best first: image; image_1, image_2, ...; further ones."""
@@ -163,13 +185,9 @@ class Mapper:
         return [name for name in free if _FURTHER_IMAGES.fullmatch(compact(name))]
 
     def columns(self, images: Sequence[str]) -> Columns:
-        """The mapping, with these columns for the images. Raises ValueError when there is no title."""
-        if not images:
-            raise ValueError(self._absent("image"))
+        """The mapping, with these columns for the images; call `require` first."""
         self.taken |= set(images)
         fields = {name: column for name in FIELDS if name != "image" and (column := self._choose(name))}
-        if "title" not in fields:
-            raise ValueError(self._absent("title"))
         own_id = ""
         if "product" not in fields:
             fields = {"product": fields["title"], **fields}
@@ -213,8 +231,8 @@ class Mapper:
         """Free columns by alias, best first, the empty ones last."""
         free = [column for column in self.names if column not in self.taken]
         aliases = [alias for alias in ALIASES[name] if alias not in without]
-        alike = [[c for c in free if _base(c) == alias and c in self.filled] for alias in aliases]
-        empty = [[c for c in free if _base(c) == alias and c not in self.filled] for alias in aliases]
+        alike = [[c for c in free if _base(c) == alias and c in self.texts] for alias in aliases]
+        empty = [[c for c in free if _base(c) == alias and c not in self.texts] for alias in aliases]
         return [columns for columns in alike + empty if columns]
 
     def _candidate(self, name: str, without: Collection[str] = ()) -> str:
@@ -243,15 +261,9 @@ class Mapper:
 
     def _note_passed_over(self, columns: Columns) -> None:
         for name in ("product", "title", "category"):
-            others = [c for group in self._candidates(name) for c in group if c in self.filled - columns.used]
+            others = [c for group in self._candidates(name) for c in group if c in self.texts - columns.used]
             if others and name not in self.given and name in columns.fields:
                 self.notes.append(
                     f"{name}: {columns.fields[name]} was preferred to {', '.join(others)} "
                     f"(--column {name}=NAME for another)"
                 )
-
-    def _absent(self, name: str) -> str:
-        return (
-            f"{self.table}: no column for {name}; the first line must name the columns, and it has: "
-            f"{self._listed(self.names)}; say which it is with --column {name}=NAME"
-        )

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ MAX_CELL = 1 << 24
 """Characters of a cell; a longer one is an unclosed quote, and would fill the memory with the rest of the table."""
 
 _SNIFFED_LINES = 200
+_IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)\b", re.IGNORECASE)
 _EXCEL_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)
 
 
@@ -73,26 +74,33 @@ class CsvSource:
             count = len(cells)
             if not any(cell.strip() for cell in cells):
                 yield Record(line, {}, "empty row")
+            elif _name(cells[0]) == self.labels[0] and tuple(map(_name, cells)) == self.labels:
+                yield Record(line, {}, "the header once more")
             elif count > width and any(cell.strip() for cell in cells[width:]):
                 yield Record(line, {}, "more cells than the header", f"{count} instead of {width}")
             elif count < least:
                 yield Record(line, {}, "fewer cells than the header", f"{count} instead of {width}")
-            elif lines > 1 and (name := self._swallows(cells, places)):
+            elif lines > 1 and (name := self._swallows(cells, {name for _, name in places})):
                 yield Record(
                     line, {}, f"{name} seems to hold whole rows: a quote that is not closed?", f"{lines} lines"
                 )
             else:
                 yield Record(line, {name: cells[i] for i, name in places})
 
-    def _swallows(self, cells: list[str], places: list[tuple[int, str]]) -> str:
-        """The column of a cell that looks like the end of one row and the begin of another, or ""."""
-        for place, name in places:
-            inner = cells[place].splitlines()
-            after, before = len(self.labels) - 1 - place, place
-            if len(inner) < 2 or after + before < 2:
+    def _swallows(self, cells: list[str], wanted: Set[str]) -> str:
+        """The column of a cell that holds the end of one row and the begin of another, or "".
+
+        Such a cell has as many separators in its first line as there are columns after it, and in its last line as
+        before it. So may a text of several lines: less likely where columns are many, or an image is named.
+        """
+        width = len(self.labels)
+        for place, (name, cell) in enumerate(zip(self.labels, cells, strict=False)):
+            inner = cell.splitlines()
+            if len(inner) < 2 or inner[0].count(self.separator) != width - 1 - place:
                 continue
-            if inner[0].count(self.separator) == after and inner[-1].count(self.separator) == before:
-                return name
+            likely = (width > 5 and name in wanted) or _IMAGE_ENDING.search(cell)
+            if likely and width > 2 and inner[-1].count(self.separator) == place:
+                return name or f"column {place + 1}"
         return ""
 
 
@@ -112,7 +120,7 @@ class JsonSource:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text, object_pairs_hook=_object)
+                row = json.loads(text.lstrip("\ufeff"), object_pairs_hook=_object)
             except _RepeatedKeyError as repeated:
                 yield Record(line, {}, "a key occurs twice", shown(str(repeated)))
                 continue
@@ -153,10 +161,14 @@ def open_csv(
     if first is None:
         raise ValueError(f"{text.path}: empty; expected a table whose first line names the columns")
     labels: list[str] = []
-    for name in map(strip, first[2]):
+    for name in map(_name, first[2]):
         count = sum(label == name or label.startswith(f"{name} (") for label in labels) if name else 0
         labels.append(f"{name} ({count + 1})" if count and name in labels else name)
     return CsvSource(text, tuple(filter(None, labels)), separator, quotes, tuple(labels))
+
+
+def _name(cell: str) -> str:
+    return " ".join(strip(cell).split())
 
 
 def _rows(

@@ -84,6 +84,12 @@ def _until_error(decoder: codecs.IncrementalDecoder, chunk: bytes) -> Iterator[s
         return
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: what differs when a file was written meanwhile."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
 def open_text(path: Path, encoding: str | None = None) -> TextFile:
     """A readable text file, its encoding by its byte order mark, else as given, else UTF-8.
 

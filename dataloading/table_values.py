@@ -14,7 +14,8 @@ MISSING = frozenset(("nan", "null", "none", "n/a", "na", "#n/a", "<na>", "nat", 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are not blanks
-_EDGES = re.compile(r"^[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+|[\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff]+$")
+_EDGES = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+_EDGES += "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
 _FILLERS = frozenset("\u115f\u1160\u3164\uffa0\u2800\ufffc")  # letters and symbols without ink
 _SCIENTIFIC = re.compile(r"\d(?:[.,]\d+)?E\+\d+")
 _EXACT = 2**53  # above it a float is one of several whole numbers
@@ -30,7 +31,7 @@ class BadCell(Exception):
 
 def strip(text: str) -> str:
     """Without blanks, byte order marks and zero-width characters at both ends."""
-    return _EDGES.sub("", text)
+    return text.strip(_EDGES)
 
 
 def clean(value: Any, field: str, *, required: bool = False) -> str:
@@ -86,8 +87,8 @@ def is_missing(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: ASCII, at most 80 characters."""
-    text = ascii(value)
+    """A value for a message: on one line, what does not print escaped, at most 80 characters."""
+    text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

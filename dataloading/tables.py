@@ -12,24 +12,21 @@ for the rows.
 import argparse
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .rejection import Rejection
 from .schema import SOURCES
-from .table_columns import Columns, Mapper, check_fields, compact, is_known, parse_columns
-from .table_images import ImageNames, explain_absence
-from .table_records import SEPARATORS, CsvSource, JsonSource, Record, open_csv
-from .table_text import open_text
-from .table_values import BadCell, clean, clean_attribute, clean_id, strip
+from .table_columns import Columns, Mapper, check_fields, is_known, parse_columns
+from .table_images import ImageNames
+from .table_records import SEPARATORS, CsvSource, JsonSource, open_csv
+from .table_scan import is_empty, look_up, scan_table
+from .table_text import open_text, stamp_of
+from .table_values import BadCell, clean, clean_attribute, clean_id
 
 DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
-_SAMPLE = 1000
-_LONG = 1 << 16  # characters of a cell that the sample keeps
-_MOST_COLUMNS = 10_000
 _WAYS_OUT = {
     ".xlsx": "save the sheet as 'CSV UTF-8'",
     ".xls": "save the sheet as 'CSV UTF-8'",
@@ -63,22 +60,6 @@ class Row:
     attributes: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scan:
-    """What the first reading of a table found."""
-
-    rows: int
-    names: tuple[str, ...]
-    """Of the columns, or all keys of JSON lines."""
-    sample: tuple[dict[str, Any], ...]
-    """Usable rows spread evenly over the table, with the columns that may be used."""
-
-    @property
-    def filled(self) -> set[str]:
-        """Columns with a cell in the sample that is not empty."""
-        return {name for cells in self.sample for name, cell in cells.items() if not _empty(cell)}
-
-
 class Table:
     """An opened table; made by `open_table`."""
 
@@ -91,12 +72,14 @@ class Table:
         *,
         found: int,
         looked_up: int,
+        stamp: tuple[int, int],
     ) -> None:
         self.name = source.text.path.name
         self.count = count
         self.columns = columns
         self._source, self._images = source, images
         self._found, self._looked_up = found, looked_up
+        self._stamp = stamp
 
     def summary(self) -> list[str]:
         """How the table was understood, in lines to print before any work."""
@@ -115,6 +98,7 @@ class Table:
         A row with neither title nor category right after one of the same product, as Shopify writes its further
         images, has those of the row before.
         """
+        self._check_unchanged()
         before: Row | None = None
         for number, record in enumerate(self._source.records(self.columns.used), start=1):
             try:
@@ -129,6 +113,12 @@ class Table:
                 rejected.append(Rejection(kind="row", where=where, reason=bad.reason, detail=detail))
                 continue
             yield before
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        path = self._source.text.path
+        if stamp_of(path) != self._stamp:
+            raise ValueError(f"{path}: changed while it was read; start again when it is complete")
 
     def _row(self, number: int, cells: Mapping[str, Any], before: Row | None) -> Row:
         fields, columns = self.columns.fields, self.columns
@@ -143,8 +133,8 @@ class Table:
         if (
             before
             and before.product == product
-            and _empty(raw_title)
-            and (_empty(raw_category) or "category" not in fields)
+            and is_empty(raw_title)
+            and (is_empty(raw_category) or "category" not in fields)
         ):
             raw_title, raw_category = before.title, before.category
         title = clean(raw_title, "title", required=True)
@@ -194,11 +184,13 @@ def open_table(
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
     source = _open(path, columns, encoding, separator, quotes)
-    scan = _scan(source, columns)
-    mapper = Mapper(str(path), scan.names, scan.filled, columns)
-    look = _look_up(mapper, scan, images)
+    stamp = stamp_of(path)
+    scan = scan_table(source, columns)
+    mapper = Mapper(str(path), scan.names, columns, filled=scan.filled, texts=scan.texts)
+    mapper.require()
+    look = look_up(mapper, scan, images)
     mapping = mapper.columns(look.columns)
-    return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names))
+    return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names), stamp=stamp)
 
 
 def _open(
@@ -229,91 +221,6 @@ def _separator(given: str) -> str:
         names = ", ".join(SEPARATORS)
         raise ValueError(f"--separator {given!r}: expected {names}, or one character that is no letter, digit or quote")
     return letter
-
-
-def _scan(source: CsvSource | JsonSource, columns: Mapping[str, str]) -> Scan:
-    """Read the whole table once: what is broken is found now."""
-    names = dict.fromkeys(source.columns or ())
-    sample: list[dict[str, Any]] = []
-    rows = uneven = 0
-    first_uneven: Record | None = None
-    stride = 1
-    told = {compact(name) for name in columns.values()}
-
-    @cache
-    def looked_at(name: str) -> bool:
-        return is_known(name) or compact(name) in told
-
-    for record in source.records():
-        rows += 1
-        if record.fault:
-            if "than the header" in record.fault:
-                uneven += 1
-                first_uneven = first_uneven or record
-            continue
-        if len(names) < _MOST_COLUMNS:
-            names.update(dict.fromkeys(record.cells))
-        if rows % stride == 0:
-            sample.append({name: _short(cell) for name, cell in record.cells.items() if looked_at(name)})
-        if len(sample) > 2 * _SAMPLE:
-            sample, stride = sample[1::2], stride * 2
-    path = source.text.path
-    if not rows:
-        raise ValueError(f"{path}: a header and no rows; there is nothing to pack")
-    if first_uneven and uneven * 2 > rows:
-        raise ValueError(
-            f"{path}: {uneven} of {rows} rows have {first_uneven.fault} (line {first_uneven.line}: "
-            f"{first_uneven.detail}); found {source.describe()}: give another --separator, or mend the rows"
-        )
-    return Scan(rows=rows, names=tuple(names), sample=tuple(sample))
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Columns of images, how their cells are read, the names in the sample and how many of these are there."""
-
-    columns: list[str]
-    reader: ImageNames
-    names: list[str]
-    found: int
-
-
-def _look(scan: Scan, folder: Path, columns: list[str]) -> _Look:
-    cells = [row[name] for row in scan.sample for name in columns if name in row]
-    reader = ImageNames(folder)
-    reader.learn(cells)
-    names = [name for cell in cells for name in _names(reader, cell)]
-    return _Look(columns, reader, names, sum(map(reader.exists, names)))
-
-
-def _look_up(mapper: Mapper, scan: Scan, folder: Path) -> _Look:
-    """The first candidates for columns of images whose files are there, with further columns of which that is true."""
-    looks: list[_Look] = []
-    for columns in mapper.image_candidates():
-        looks.append(_look(scan, folder, columns))
-        if looks[-1].found:
-            others = [name for name in mapper.further_images() if name not in columns]
-            more = [name for name in others if _look(scan, folder, [name]).found]
-            return _look(scan, folder, [*columns, *more]) if more else looks[-1]
-    named = next((look for look in looks if look.names), None)
-    if named:
-        raise ValueError(f"{mapper.table}: {explain_absence(folder, named.names, named.columns[0])}")
-    return looks[0] if looks else _Look([], ImageNames(folder), [], 0)
-
-
-def _names(reader: ImageNames, cell: Any) -> list[str]:
-    try:
-        return reader.names(cell)
-    except BadCell:  # its row will be rejected
-        return []
-
-
-def _short(cell: Any) -> Any:
-    return cell[:_LONG] if isinstance(cell, str) else cell
-
-
-def _empty(cell: Any) -> bool:
-    return cell is None or cell == [] or (isinstance(cell, str) and not strip(cell))
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:

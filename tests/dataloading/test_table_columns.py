@@ -123,7 +123,7 @@ def test_names_are_compared_by_letters_and_digits(tmp_path: Path, column: str) -
 
 def test_names_in_other_scripts(tmp_path: Path) -> None:
     content = "商品,标题,类别,图片\nP1,红椅子,椅子,a.jpg\n"
-    assert "no column for image" in refusal(tmp_path, content) and "图片" in refusal(tmp_path, content)
+    assert "no column for title and image" in refusal(tmp_path, content) and "图片" in refusal(tmp_path, content)
     told = {"product": "商品", "title": "标题", "category": "类别", "image": "图片"}
     assert read(tmp_path, content, columns=told)[0][0].title == "红椅子"
 
@@ -206,6 +206,20 @@ def test_json_keys_are_mapped_like_headers(tmp_path: Path) -> None:
     rejected: list[Rejection] = []
     assert [row.product for row in table.rows(rejected)] == ["3"]
     assert {r.reason for r in rejected} == {"no category"}
+
+
+def test_lists_of_json_lines_are_no_texts_where_another_column_is(tmp_path: Path) -> None:
+    line = {
+        "asin": "P1",
+        "title": "a",
+        "main_category": "Home",
+        "categories": [["Home", "Lamps"]],
+        "imagePath": ["a.jpg"],
+    }
+    (row,), _ = read(tmp_path, json.dumps(line), "t.jsonl")
+    assert row.category == "Home"
+    _, rejected = read(tmp_path, json.dumps(line), "t.jsonl", columns={"category": "categories"})
+    assert rejected[0].reason == "category is a list, not text"
 
 
 def test_the_image_column_is_the_first_whose_files_are_there(tmp_path: Path) -> None:

@@ -46,6 +46,47 @@ def test_rows_swallowed_between_two_inch_marks_are_not_lost_in_silence(tmp_path:
     ]
 
 
+@pytest.mark.parametrize(
+    "header, swallowing, column",
+    [
+        ("product,title,image\n", 'P,"a,a.jpg\nP,b,b.jpg\nP,c",c.jpg\n', "title"),
+        ("image,title,product\n", 'a.jpg,"a,P\na.jpg,b,P\nc.jpg,c",P\n', "title"),
+        ("product,title,image,text\n", 'P,a,a.jpg,"24 inch\nP,b,b.jpg,\nP,c,c.jpg,24 inch"\n', "text"),
+        ("product,title,image,x,y,z\n", 'P,"a,123,1,2,3\nP,b",123,1,2,3\n', "title"),
+        ("product,title,image,\n", 'P,a,a.jpg,"24 inch\nP,b,b.jpg,24 inch"\n', "column 4"),
+    ],
+)
+def test_swallowed_rows_wherever_the_quotes_are(tmp_path: Path, header: str, swallowing: str, column: str) -> None:
+    good = dict(product="P1", title="t", image="a.jpg")
+    first = ",".join(good.get(name, "") for name in header.strip().split(",")) + "\n"
+    rows, rejected = read(tmp_path, header + first + swallowing + first)
+    assert [row.number for row in rows] == [1, 3]
+    assert [r.reason for r in rejected] == [f"{column} seems to hold whole rows: a quote that is not closed?"]
+
+
+def test_texts_of_several_lines_are_no_swallowed_rows(tmp_path: Path) -> None:
+    content = HEADER.replace("\n", ",description\n")
+    cells = ['"Chair, red\nwith arms, wide"', '"Chair, red, wide\nwith arms"', '"Chair\n\n, red"']
+    for cell in cells:
+        content += f"P,{cell},A,a.jpg,{cell}\n"
+    rows, rejected = read(tmp_path, content + 'P,a,A,"a.jpg,\nb.jpg",x\n')
+    assert len(rows) == 4 and not rejected and rows[3].images == ("a.jpg", "b.jpg")
+
+
+def test_tables_put_one_after_the_other(tmp_path: Path) -> None:
+    rows, rejected = read(tmp_path, (("\ufeff" + HEADER + GOOD) * 2))
+    assert [row.number for row in rows] == [1, 3] and [r.reason for r in rejected] == ["the header once more"]
+    line = '\ufeff{"product": "P", "title": "a", "category": "A", "image": "a.jpg"}\n'
+    assert len(read(tmp_path, line * 3, "t.jsonl")[0]) == 3
+
+
+def test_a_header_of_several_lines_and_odd_letters(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path, '"Product\nId","Title\x07","\u200eCategory",Image\nP1,a,A,a.jpg\n')
+    assert rows[0].product == "P1" and rows[0].title == "a"
+    long = "z" * 500
+    assert "'x\\x07y', 'zz" in refusal(tmp_path, f'x\x07y,{long},"a\nb"\n1,2,3\n')
+
+
 def test_quotes_may_be_letters(tmp_path: Path) -> None:
     content = HEADER + 'P1,"24 monitor,Monitors,a.jpg\nP2,"Best" chair,Chairs,b.jpg\nP3,19" rack,Racks,c.jpg\n'
     rows, rejected = read(tmp_path, content, quotes=False)
