@@ -121,3 +121,98 @@ def test_impossible_settings_are_refused(tmp_path):
         WordPiece.train(TEXTS, vocab_size=200).encode(["a"], max_tokens=2)
     with pytest.raises(ValueError, match="no tokenizer"):
         WordPiece.load(tmp_path)
+
+
+def test_cased_leaves_capitals_and_accents(tmp_path):
+    path = vocab_file(tmp_path, "Sofa", "sofa", "Café", "cafe")
+    tokenizer = WordPiece.from_vocab_file(path, cased=True)
+    assert tokenizer.encode(["Sofa sofa Café cafe"])[0].tolist()[1:-1] == [5, 6, 7, 8]
+
+
+def test_cased_encodes_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pieces = [*SPECIALS, "Red", "So", "##fa", "Café", "椅", "für"]
+    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces[5:]), cased=True)
+    oracle = transformers.BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=False)
+    for text in ("Red Sofa Café", "red 椅 für FÜR"):
+        assert tokenizer.encode([text])[0].tolist() == oracle(text)["input_ids"]
+
+
+@pytest.mark.parametrize("pieces", [["Red", "Sofa", "a"], ["Ø", "##A", "b"], ["КРАСНЫЙ"]])
+def test_cased_vocabulary_read_in_lower_case_is_refused(tmp_path, pieces):
+    with pytest.raises(ValueError, match=f"a cased vocabulary.*'{pieces[0]}'.*--cased"):
+        WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [(["für", "##ä"], "FÜR"), (["소파", "의자"], "소파"), (["ソファー", "でんわ"], "でんわ"), (["красный", "й"], "Й")],
+)
+def test_accents_stay_where_the_vocabulary_has_them(tmp_path, pieces, text):
+    """Stripping them would take Korean syllables and Japanese voiced letters apart: all would be unknown."""
+    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces))
+    assert tokenizer.unk_id not in tokenizer.encode([text])[0]
+
+
+def test_a_few_odd_pieces_change_nothing(tmp_path):
+    pieces = [*(f"w{i}" for i in range(200)), "<S>", "é", "[Unused1]"]
+    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces, "cafe"))
+    assert tokenizer.encode(["CAFÉ"])[0].tolist()[1:-1] == [5 + len(pieces)]
+
+
+ENGLISH = ("red", "fabric", "sofa", "90", "cm", ",", *"abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.mark.parametrize("text", ["红色沙发 三人位", "Красный диван", "أريكة حمراء", "빨간 소파", "Ω Ψ red"])
+def test_vocabulary_of_another_language_is_refused(tmp_path, text):
+    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH))
+    with pytest.raises(ValueError, match=r"vocab.txt: \d+% of the pieces .* at most 10% .*e\.g\. '.*do this$") as error:
+        tokenizer.require_known([text, "red sofa"], "vocab.txt", "do this")
+    assert "\n" not in str(error.value)
+
+
+def test_lower_case_vocabulary_read_as_cased_is_refused(tmp_path):
+    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH), cased=True)
+    with pytest.raises(ValueError, match="'Red'"):
+        tokenizer.require_known(["Red fabric sofa, 90 cm"] * 5000, "v", "a")
+    WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH)).require_known(["Red fabric sofa, 90 cm"], "v", "a")
+
+
+def test_few_unknown_pieces_are_allowed():
+    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer.require_known([*TEXTS * 10, "🛋 Ω"], "v", "a")
+    tokenizer.require_known([], "v", "a")
+    tokenizer.require_known(["", " "], "v", "a")
+
+
+def test_counting_unknown_pieces_leaves_encoding_as_it_was():
+    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    before = tokenizer.encode(TEXTS, max_tokens=6)
+    tokenizer.require_known(TEXTS, "v", "a")
+    assert all(torch.equal(a, b) for a, b in zip(before, tokenizer.encode(TEXTS, max_tokens=6), strict=True))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b'"[UNK]"', b'"[unk]"'),
+        lambda data: b"\xff" + data,
+        lambda data: b"{}",
+        lambda data: b"[]",
+    ],
+)
+def test_damaged_tokenizer_is_one_line(tmp_path, damage):
+    WordPiece.train(TEXTS, vocab_size=200).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*restore it") as error:
+        WordPiece.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def vocab_file(folder, *pieces):
+    path = folder / "vocab.txt"
+    path.write_text("\n".join([*SPECIALS, *pieces]) + "\n", encoding="utf-8")
+    return path
