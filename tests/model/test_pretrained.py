@@ -1,5 +1,8 @@
 """Weights of Hugging Face models give our encoders the same outputs; files that do not fit are refused by key."""
 
+import json
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -200,6 +203,181 @@ def test_other_files_are_refused(tmp_path):
         load_image_weights(ImageEncoder(tiny()), path)
     with pytest.raises(ValueError, match="holds no tower of a known kind"):
         load_image_weights(ImageEncoder(tiny()), saved(hugging_face_bert(), tmp_path))
+
+
+@pytest.mark.parametrize("extra", [1, 6, 14, 78, 1000])
+@torch.no_grad()
+def test_padded_embedding_is_cut_and_said(tmp_path, caplog, extra):
+    """A published 30522 becomes 30528 rows, a multiple of 64, to suit a GPU."""
+
+    def pad(state):
+        state["embeddings.word_embeddings.weight"] = torch.cat(
+            [state["embeddings.word_embeddings.weight"], torch.full((extra, 24), 9.0)]
+        )
+
+    theirs, ours = hugging_face_bert(), TextEncoder(tiny())
+    load_text_weights(ours, saved(theirs, tmp_path, edit=pad))
+    assert torch.equal(ours.word_embedding.weight, theirs.embeddings.word_embeddings.weight)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{50 + extra} rows of the word embedding for 50 pieces" in record.message and "\n" not in record.message
+
+
+@pytest.mark.parametrize("rows", [0, 1, 49, 50 + 1024, 5000])
+def test_embedding_of_another_vocabulary_is_refused(tmp_path, rows):
+    def edit(state):
+        state["embeddings.word_embeddings.weight"] = torch.zeros(rows, 24)
+
+    with pytest.raises(ValueError, match=rf"{rows} rows for vocab_size=50 pieces; give the --vocab-file"):
+        load_text_weights(TextEncoder(tiny()), saved(hugging_face_bert(), tmp_path, edit=edit))
+
+
+def two(folder, *prefixes):
+    """A file of several image towers of other weights, and a head."""
+    state = {"head.weight": torch.zeros(2, 2)}
+    for i, prefix in enumerate(prefixes):
+        for name, value in hugging_face_dinov2().state_dict().items():
+            state[f"{prefix}{name}"] = value + i
+    path = folder / "towers.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "tower", "taken"),
+    [
+        (("student.", "teacher."), "teacher", 1),
+        (("student.", "teacher."), "student.", 0),
+        (("student.backbone.", "teacher.backbone."), "teacher", 1),
+        (("encoder_q.", "encoder_k."), "encoder_q", 0),
+        (("module.model.", "module.ema."), "module.ema", 1),
+        (("vit.", "vit.ema."), "vit", 0),
+        (("", "teacher."), "teacher", 1),
+        (("module.model.vit.",), None, 0),
+        (("student.",), "student", 0),
+    ],
+)
+def test_one_tower_of_several(tmp_path, prefixes, tower, taken):
+    ours, plain = ImageEncoder(tiny(layer_scale=True)), ImageEncoder(tiny(layer_scale=True))
+    load_image_weights(ours, two(tmp_path, *prefixes), tower=tower)
+    load_image_weights(plain, saved(hugging_face_dinov2(), tmp_path))
+    torch.testing.assert_close(ours.cls_token, plain.cls_token + taken)
+    torch.testing.assert_close(ours.blocks[1].mlp.fc2.weight, plain.blocks[1].mlp.fc2.weight + taken)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "tower", "words"),
+    [
+        (("student.", "teacher."), None, r"holds student \(43 tensors\), teacher \(43 tensors\); say which"),
+        (("student.", "teacher."), "ema", r"no tower 'ema'; it holds student \(43 tensors\), teacher"),
+        (("student.a.", "student.b."), "student", r"holds student.a \(43 tensors\), student.b"),
+        (("", "teacher."), None, r"holds '' \(44 tensors\), teacher \(43 tensors\)"),
+        (("vit.", "vit.ema."), None, r"holds vit \(43 tensors\), vit.ema \(43 tensors\)"),
+    ],
+)
+def test_towers_are_listed(tmp_path, prefixes, tower, words):
+    with pytest.raises(ValueError, match=f"towers.safetensors: .*{words}.*--image-tower$"):
+        load_image_weights(ImageEncoder(tiny(layer_scale=True)), two(tmp_path, *prefixes), tower=tower)
+
+
+def test_image_and_text_tower_in_one_file(tmp_path):
+    state = {f"vision_model.{n}": v for n, v in hugging_face_vit().state_dict().items()}
+    state |= {f"text_model.{n}": v for n, v in hugging_face_bert().state_dict().items()}
+    save_file(state, tmp_path / "dual.safetensors")
+    load_image_weights(ImageEncoder(tiny()), tmp_path / "dual.safetensors")
+    load_text_weights(TextEncoder(tiny()), tmp_path / "dual.safetensors")
+    with pytest.raises(ValueError, match="no tower 'vision_model'; it holds text_model .*--text-tower"):
+        load_text_weights(TextEncoder(tiny()), tmp_path / "dual.safetensors", tower="vision_model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(tmp_path, dtype):
+    def cast(state):
+        state.update({name: value.to(dtype) for name, value in state.items()})
+
+    theirs, ours = hugging_face_bert(), TextEncoder(tiny())
+    load_text_weights(ours, saved(theirs, tmp_path, edit=cast))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    expected = theirs.embeddings.position_embeddings.weight.to(dtype).float()[:16]
+    expected = expected + theirs.embeddings.token_type_embeddings.weight.to(dtype).float()[0]
+    assert torch.equal(ours.position_embedding.weight, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
+def test_weights_that_are_no_numbers(tmp_path, bad, name):
+    before = TextEncoder(tiny())
+    kept = {n: v.clone() for n, v in before.state_dict().items()}
+    path = saved(hugging_face_bert(), tmp_path, edit=lambda state: state[name].view(-1)[7:9].fill_(bad))
+    with pytest.raises(ValueError, match=f"weights.safetensors: 2 of .* values of {name} are NaN or infinite"):
+        load_text_weights(before, path)
+    assert all(torch.equal(v, kept[n]) for n, v in before.state_dict().items())
+
+
+def test_quantised_weights(tmp_path):
+    def cast(state):
+        state["encoder.layer.0.output.dense.weight"] = torch.zeros(24, 96, dtype=torch.int8)
+
+    with pytest.raises(ValueError, match="encoder.layer.0.output.dense.weight is int8: quantised"):
+        load_text_weights(TextEncoder(tiny()), saved(hugging_face_bert(), tmp_path, edit=cast))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("embeddings.token_type_embeddings.weight", (0, 24), r"token_type_embeddings.weight has shape \(0, 24\)"),
+        ("embeddings.token_type_embeddings.weight", (2, 12), r"token_type_embeddings.weight has shape \(2, 12\)"),
+        ("embeddings.word_embeddings.weight", (50,), r"word_embedding.weight has shape \(50,\)"),
+        ("encoder.layer.0.attention.self.key.weight", (12, 24), r"shapes \(24, 24\), \(12, 24\), \(24, 24\)"),
+        ("embeddings.LayerNorm.weight", (23,), r"norm.weight has shape \(23,\), the configuration asks for \(24,\)"),
+    ],
+)
+def test_wrong_shapes_are_named(tmp_path, name, shape, words):
+    with pytest.raises(ValueError, match=words):
+        load_text_weights(
+            TextEncoder(tiny()),
+            saved(hugging_face_bert(), tmp_path, edit=lambda s: s.update({name: torch.zeros(shape)})),
+        )
+
+
+def broken(damage):
+    """A file of a tower, with its bytes changed."""
+
+    def write(folder):
+        path = saved(hugging_face_vit(), folder)
+        path.write_bytes(damage(path.read_bytes()))
+        return path
+
+    return write
+
+
+def pickled(folder, **options):
+    path = folder / "weights.bin"
+    torch.save(hugging_face_vit().state_dict(), path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (pickled, "a PyTorch file .*save_file"),
+        (lambda folder: pickled(folder, _use_new_zipfile_serialization=False), "a PyTorch file"),
+        (broken(lambda data: b"<!DOCTYPE html><html>not found</html>"), "a web page.*download it again"),
+        (broken(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "git lfs pull"),
+        (broken(lambda data: b""), "empty.*download"),
+        (broken(lambda data: bytes(5000)), "zeros"),
+        (broken(lambda data: data[:300]), r"truncated: its header alone has \d+ bytes, the file 300"),
+        (broken(lambda data: data[:-10]), r"not a readable safetensors file \(.*download it again"),
+        (broken(lambda data: json.dumps({"weight_map": {}}).encode()), "several files"),
+        (broken(lambda data: b"GGUF" + bytes(100)), "GGUF"),
+        (broken(lambda data: b"\x93NUMPY junk" * 50), "not a readable safetensors file"),
+    ],
+)
+def test_what_is_no_weights_file_is_told(tmp_path, write, words):
+    path = write(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        load_image_weights(ImageEncoder(tiny()), path)
+    assert str(error.value).startswith(f"{path}: not a readable safetensors file") and "\n" not in str(error.value)
 
 
 def test_positions_of_no_square_grid_are_refused():
