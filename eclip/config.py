@@ -6,14 +6,11 @@ presets.py holds complete sets of them and reads command-line flags. The resolve
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from .setting_rules import Rule, check_settings, flag, require
+from .setting_rules import Rule, check_settings, flag, from_record, require
 
 PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
 
@@ -332,28 +329,6 @@ class RunConfig:
             record = json.loads(text)
         except ValueError as error:
             raise ValueError(f"not JSON: {error}") from None
-        config = _from_record(cls, record)
+        config = from_record(cls, record)
         assert isinstance(config, cls)
         return config
-
-
-def _from_record(cls: Any, record: Any) -> Any:
-    """Rebuild a dataclass from JSON values: nested dataclasses, Paths and tuples get their types back."""
-    require(isinstance(record, Mapping), f"the settings of {cls.__name__} are {type(record).__name__}, not an object")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(record) - {f.name for f in dataclasses.fields(cls)})
-    require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was it written by another version?")
-    return cls(**{name: _from_value(hints[name], value) for name, value in record.items()})
-
-
-def _from_value(hint: Any, value: Any) -> Any:
-    """`value` as `hint` wants it; one of a wrong kind stays as it is, for `check_settings` to name."""
-    if dataclasses.is_dataclass(hint):
-        return _from_record(hint, value)
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _from_value(typing.get_args(hint)[0], value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
-    return value

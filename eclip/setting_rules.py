@@ -1,4 +1,4 @@
-"""Ranges and types of settings, so that a wrong value is one line that names it, the rule and the flag."""
+"""Ranges and types of settings, and settings out of JSON: a wrong value is one line with its name, rule and flag."""
 
 import dataclasses
 import math
@@ -83,3 +83,25 @@ def _wanted(value: Any, hint: Any) -> str | None:
     }
     right, words = kinds.get(hint, (isinstance(value, hint), f"settings of {getattr(hint, '__name__', hint)}"))
     return None if right else words
+
+
+def from_record(cls: Any, record: Any) -> Any:
+    """Rebuild a dataclass from JSON values: nested dataclasses, Paths and tuples get their types back."""
+    require(isinstance(record, Mapping), f"the settings of {cls.__name__} are {type(record).__name__}, not an object")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(record) - {f.name for f in dataclasses.fields(cls)})
+    require(not unknown, f"{cls.__name__} has no setting {', '.join(unknown)}; was it written by another version?")
+    return cls(**{name: _from_value(hints[name], value) for name, value in record.items()})
+
+
+def _from_value(hint: Any, value: Any) -> Any:
+    """`value` as `hint` wants it; one of a wrong kind stays as it is, for `check_settings` to name."""
+    if dataclasses.is_dataclass(hint):
+        return from_record(hint, value)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _from_value(typing.get_args(hint)[0], value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
