@@ -57,22 +57,27 @@ class OpenTars:
 
     def read(self, shard: int, offset: int, size: int, what: str) -> bytes:
         """`size` bytes from `offset` on of a tar; `what` names them in errors. Raises DataError."""
-        path = self.paths[shard]
-        for last_try in (False, True):
-            try:
-                data = self._pread(self._file(shard, offset, size, what), offset, size)
-            except OSError as error:
-                self._forget(shard)
-                if last_try or error.errno not in _RETRIED:
-                    raise DataError(
-                        f"{path}: {what} cannot be read ({error.strerror or error}); the tar was there when its index "
-                        f"was read: see to the disk or store, then go on with --resume"
-                    ) from error
-            else:
-                break
+        try:
+            data = self._read(shard, offset, size, what)
+        except OSError as error:
+            raise DataError(
+                f"{self.paths[shard]}: {what} cannot be read ({error.strerror or error}); the tar was there when its "
+                f"index was read: see to the disk or store, then go on with --resume"
+            ) from error
         if len(data) < size:
             raise self._changed(shard, f"{what} has {len(data)} of its {size} bytes at byte {offset}")
         return data
+
+    def _read(self, shard: int, offset: int, size: int, what: str) -> bytes:
+        """What there is of the bytes; of an error that may pass, after a second try with the file opened again."""
+        try:
+            return self._pread(self._file(shard, offset, size, what), offset, size)
+        except OSError as error:
+            if error.errno not in _RETRIED:
+                raise
+        with self._lock:
+            self._files.pop(shard, None)
+        return self._pread(self._file(shard, offset, size, what), offset, size)
 
     @staticmethod
     def _pread(file: _File, offset: int, size: int) -> bytes:
@@ -132,10 +137,6 @@ class OpenTars:
             f"{path}: {how}: the tar was truncated or replaced since its index was built, when it had "
             f"{self.stamps[shard][0]} bytes ({now}); put it back and go on with --resume, or start a new run"
         )
-
-    def _forget(self, shard: int) -> None:
-        with self._lock:
-            self._files.pop(shard, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "stamps": self.stamps}

@@ -125,7 +125,7 @@ def _members(file: BinaryIO, path: Path, size: int) -> Iterator[tarfile.TarInfo]
             raise DataError(f"{path}: not a whole tar: it is {kind}; images are read by their place in a plain tar")
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the caller's file is all it holds
         while (info := tar.next()) is not None:
-            tar.members.clear()  # a kilobyte for each
+            tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte for each
             end = info.offset_data + info.size
             if info.isfile() and not info.issparse() and end > size:
                 raise DataError(f"{path}: truncated at {size} bytes, {info.name!r} ends at byte {end}; {_AGAIN}")

@@ -240,8 +240,8 @@ def _serve(
     """A worker's life."""
     # Queues signal every process of a job. A worker that heeded it would fail the run before its checkpoint is written.
     signal.set_wakeup_fd(-1)
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     _end_with(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     for other in others:  # the parent's ends: held here, they would hide its death
