@@ -134,13 +134,13 @@ def check_fields(given: Mapping[str, str]) -> None:
 class Mapper:
     """Chooses the columns of one table.
 
-    names: its columns; filled: those with a cell that is not empty; texts: those of them with one that may be a text.
+    names: its columns; given: column by field, see `check_fields`; filled: those with a cell that is not empty;
+    texts: those of them with one that may be a text.
     """
 
     def __init__(
         self, table: str, names: Sequence[str], given: Mapping[str, str], *, filled: Set[str], texts: Set[str]
     ) -> None:
-        check_fields(given)
         self.table, self.names, self.filled, self.texts = table, names, filled, texts
         self.given = {name: self._told(name, column) for name, column in given.items()}
         self.taken = {column for name, column in self.given.items() if name in FIELDS}
@@ -149,10 +149,7 @@ class Mapper:
     @staticmethod
     def _listed(names: Sequence[str]) -> str:
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return (
-            ", ".join(name if name.isprintable() and len(name) <= 60 else shown(name) for name in names[:_LISTED])
-            + more
-        )
+        return ", ".join(name if name and len(name) <= 60 else shown(name) for name in names[:_LISTED]) + more
 
     def require(self) -> None:
         """Raise ValueError, naming all columns, unless there is one for titles and one for images."""

@@ -26,7 +26,7 @@ class BadCell(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = printable(reason), printable(detail)
 
 
 def strip(text: str) -> str:
@@ -84,6 +84,13 @@ def clean_attribute(value: Any, field: str) -> Any:
 def is_missing(text: str) -> bool:
     """Whether the text stands for a missing value."""
     return text.casefold() in MISSING
+
+
+def printable(text: str) -> str:
+    """The text on one line: what does not print, also lone surrogates, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from .table_images import ImageNames
 from .table_records import SEPARATORS, CsvSource, JsonSource, open_csv
 from .table_scan import is_empty, look_up, scan_table
 from .table_text import open_text, stamp_of
-from .table_values import BadCell, clean, clean_attribute, clean_id
+from .table_values import BadCell, clean, clean_attribute, clean_id, printable
 
 DELIMITED = (".csv", ".tsv", ".tab", ".txt")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -85,12 +85,13 @@ class Table:
         """How the table was understood, in lines to print before any work."""
         kind = f"{self._source.describe()}, encoding {self._source.text.named}"
         found = f"{self._found} of {self._looked_up} looked up are below {self._images.folder}"
-        return [
+        lines = [
             f"{self.name}: {self.count} row{'s' * (self.count != 1)}, {kind}",
             f"  columns: {self.columns.describe()}",
             *(f"  {note}" for note in self.columns.notes),
             f"  images: {self._images.describe()}; {found}",
         ]
+        return [printable(line) for line in lines]
 
     def rows(self, rejected: list[Rejection]) -> Iterator[Row]:
         """The usable rows; the others are appended to `rejected` by number. Raises ValueError when the file changed.
@@ -180,16 +181,19 @@ def open_table(
     column is not found, or none of the images looked up is there.
     """
     columns = columns or {}
-    check_fields(columns)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
-    source = _open(path, columns, encoding, separator, quotes)
-    stamp = stamp_of(path)
-    scan = scan_table(source, columns)
-    mapper = Mapper(str(path), scan.names, columns, filled=scan.filled, texts=scan.texts)
-    mapper.require()
-    look = look_up(mapper, scan, images)
-    mapping = mapper.columns(look.columns)
+    try:
+        check_fields(columns)
+        source = _open(path, columns, encoding, separator, quotes)
+        stamp = stamp_of(path)
+        scan = scan_table(source, columns)
+        mapper = Mapper(str(path), scan.names, columns, filled=scan.filled, texts=scan.texts)
+        mapper.require()
+        look = look_up(mapper, scan, images)
+        mapping = mapper.columns(look.columns)
+    except ValueError as error:
+        raise ValueError(printable(str(error))) from error  # names of columns and files may hold anything
     return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names), stamp=stamp)
 
 

@@ -174,6 +174,15 @@ def test_columns_on_the_command_line() -> None:
             parse_columns(given)
 
 
+def test_names_that_do_not_print_stay_on_one_line(tmp_path: Path) -> None:
+    line = json.dumps({"id": 1, "a\nb": "t", "\ud800": 1, "image": "a.jpg", "attribute_x\ny": ["\ud800"]})
+    assert "has: id, a\\nb, \\ud800, image" in refusal(tmp_path, line, "t.jsonl")
+    table = table_of(tmp_path, line, "t.jsonl", columns={"title": "a\nb"})
+    assert "title <- a\\nb" in table.summary()[1] and all(text.isprintable() for text in table.summary())
+    _, rejected = read(tmp_path, line, "t.jsonl", columns={"title": "a\nb"})
+    assert rejected[0].reason.startswith("attribute_x\\ny holds")
+
+
 def test_optional_columns_are_left_out_when_told(tmp_path: Path) -> None:
     content = "product,title,category,image,source,sku\nP1,a,A,a.jpg,amazon,s1\n"
     rows, rejected = read(tmp_path, content)
