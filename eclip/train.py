@@ -5,10 +5,8 @@ one module (`TrainStep`), so that FSDP sees one forward and one backward. Data o
 are pure functions of (seed, step): a resumed run repeats an unbroken one, and ranks change nothing but the speed.
 """
 
-import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
 from .ending import conclude, leave, once, say_stopped
 from .feature_cache import FeatureCache, cache_folder, single_image_note
+from .finite import NonFiniteLoss, require_finite
 from .metrics import MetricSink, Throughput, build_sinks, count_flops
 from .model.eclip import ECLIP
 from .model.pretrained import load_image_weights, load_text_weights
@@ -30,15 +29,10 @@ from .prepare import Prepared, prepare
 from .presets import parse
 from .signals import Stopped, StopSignals
 from .torchrun import has_launcher, stopped_status
-from .watch import PeerFailed
 
 
 class CannotStart(ValueError):
     """What the user can repair before training begins; main prints its message alone."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss or the gradient norm is NaN or infinite. The weights are still those before the step."""
 
 
 class TrainStep(nn.Module):
@@ -255,7 +249,7 @@ class Trainer:
             losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm)
         values = self._gather_numbers(losses, norm)
-        self._require_finite(values, losses, batch)
+        require_finite(values, losses, batch, self.config.run_dir, self.ranks)
         self.optimizer.step()
         self.model.clamp_logit_scale()
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,25 +263,6 @@ class Trainer:
         numbers = [loss.detach().float().reshape(()) for loss in losses.values()] + [full_norm.float().reshape(())]
         means = self.ranks.mean(torch.stack(numbers)).tolist()
         return dict(zip([*losses, "grad_norm"], means, strict=True))
-
-    def _require_finite(self, values: dict[str, float], losses: dict[str, Tensor], batch: Batch) -> None:
-        """Every rank writes its losses and images; the first whose own losses are not finite raises NonFiniteLoss."""
-        if all(math.isfinite(value) for value in values.values()):
-            return
-        path = self.config.run_dir / f"nonfinite_step{self.step}_rank{self.ranks.rank}.json"
-        own = {name: float(loss.detach()) for name, loss in losses.items()}
-        report = {"step": self.step, "mean": values, "rank": own, "keys": batch.keys}
-        with suppress(OSError):  # a full disk must not hide why the run ends
-            path.write_text(json.dumps(report, indent=1))
-        bad = self.ranks.gather(not all(math.isfinite(value) for value in own.values()))
-        if self.ranks.rank != (bad.index(True) if any(bad) else 0):  # gradients alone are the same on all
-            raise PeerFailed(f"step {self.step}: not finite")
-        numbers = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-        shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
-        raise NonFiniteLoss(
-            f"step {self.step}: {numbers}. Images of rank {self.ranks.rank}: {shown} ({len(batch.keys)} in {path}). "
-            f"The newest checkpoint is from before; lower --learning-rate or --clip-norm, or use --no-bf16"
-        )
 
     def describe(self) -> str:
         """The first line of a run."""

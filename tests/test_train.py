@@ -250,3 +250,36 @@ def test_main_evaluates_at_the_end(data_dir: Path, tmp_path: Path, monkeypatch: 
     assert evaluated == [tmp_path / "run"]
     assert main([*flags, "--no-evaluate", "--num-queries", "9"]) == 1
     assert len(evaluated) == 1
+
+
+def test_a_loader_stalls_before_the_other_ranks_give_up(data_dir: Path, tmp_path: Path) -> None:
+    config = _config(data_dir, tmp_path, rank_timeout_seconds=20)
+    assert eclip.train.stall_limit(config, world_size=1) == config.data.stall_seconds
+    assert eclip.train.stall_limit(config, world_size=2) == 10
+    patient = dataclasses.replace(config, data=dataclasses.replace(config.data, stall_seconds=0))
+    assert eclip.train.stall_limit(patient, world_size=2) == 0
+
+
+def test_a_signal_during_evaluation_says_what_is_done(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import eclip.evaluate.run
+
+    shards = tmp_path / "shards"
+    shutil.copytree(data_dir, shards)
+    shutil.copy(shards / "train-000000.tar", shards / "test-000000.tar")
+    monkeypatch.setattr(eclip.evaluate.run, "evaluate_run", lambda *a, **k: signal.raise_signal(signal.SIGINT))
+    flags = ["--preset", "debug", "--steps", "1", "--data-dir", str(shards), "--run-dir", str(tmp_path / "run")]
+    assert main(flags) == 130
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("SIGINT: the run is complete, its evaluation is not; repeat that with python -m eclip.eval")
+
+
+def test_a_signal_before_the_first_step(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(eclip.train, "prepare", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
+    flags = ["--preset", "debug", "--data-dir", str(data_dir), "--run-dir", str(tmp_path / "run")]
+    assert main(flags) == 143
+    assert capsys.readouterr() == ("SIGTERM: stopped before the first step, nothing to save\n", "")
+    assert not (tmp_path / "run").exists()
