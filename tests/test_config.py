@@ -264,3 +264,30 @@ def test_a_missing_tower_names_the_way_to_it(tmp_path: Path) -> None:
     config = dataclasses.replace(PRESETS["demo_towers"], image_weights=tmp_path / "image.safetensors")
     with pytest.raises(ValueError, match=r"image\.safetensors: no such file; `make towers/ready`"):
         config.check_files()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"text_weights": Path("bert.safetensors")},
+            "--text-weights bert.safetensors without --vocab-file: .*vocab.txt",
+        ),
+        ({"cased": True}, "--cased without --vocab-file"),
+        ({"image_tower": "student"}, "--image-tower student without --image-weights"),
+        ({"text_tower": "teacher"}, "--text-tower teacher without --text-weights"),
+    ],
+)
+def test_a_vocabulary_and_a_tower_need_their_file(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        dataclasses.replace(PRESETS["debug"], **changes)
+    assert "\n" not in str(error.value)
+    dataclasses.replace(
+        PRESETS["debug"],
+        **{
+            "image_weights": Path("vit.safetensors"),
+            "text_weights": Path("bert.safetensors"),
+            "vocab_file": Path("vocab.txt"),
+            **changes,
+        },
+    )

@@ -227,3 +227,20 @@ def test_the_lock_is_let_go_at_the_end(data_dir: Path, tmp_path: Path) -> None:
             prepare(make_config(data_dir, tmp_path), ALONE, ExitStack())
     with ExitStack() as hold:
         prepare(make_config(data_dir, tmp_path), ALONE, hold)
+
+
+def test_a_vocabulary_that_does_not_know_the_titles_is_refused(data_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = tmp_path / "vocab.txt"
+
+    def refused(pieces: list[str], words: str, **changes: Any) -> None:
+        vocab.write_text("\n".join([*specials, *pieces]))
+        assert_refused(make_config(data_dir, run_dir, overwrite=True, vocab_file=vocab, **changes), words)
+
+    refused(["Title", "Of", "Kind"], "vocab.txt: a cased vocabulary.*'Title'.*--cased")
+    refused(["沙", "发"], r"--vocab-file .*vocab.txt: 100% of .*at most 10% .*'Title'.*language, or say --cased")
+    refused(["title", "of", "kind", *"0123456789"], "% of .*'Title'.*leave out --cased", cased=True)
+    vocab.write_text("\n".join([*specials, "Title", "of", "kind", "cat", "##0", "##1", "##2", *"0123456789"]))
+    assert train(make_config(data_dir, tmp_path / "cased", vocab_file=vocab, cased=True, steps=1), ALONE)
+    restored = load_run(tmp_path / "cased")[2]
+    assert restored.unk_id not in restored.encode(["Title 3 of kind 1"])[0]

@@ -5,11 +5,13 @@ import itertools
 import multiprocessing
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+from eclip.dataloading.errors import DataError
 from eclip.dataloading.loader import ProductLoader, choose_decoder
 from eclip.dataloading.schema import Batch
 from eclip.dataloading.shards import ShardIndex, stable_hash
@@ -195,6 +197,8 @@ def test_state_of_another_run_is_refused(index, damaged, tokenizer):
         ({"crop_scale": (0.9, 0.5)}, "crop_scale"),
         ({"image_size": 0}, "image_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"stall_seconds": -1}, "stall_seconds=-1"),
+        ({"stall_seconds": float("nan")}, "stall_seconds=nan"),
         ({"decoder": "opencv"}, "use auto, dali, torch or none"),
     ],
 )
@@ -211,6 +215,29 @@ def test_decoder_choice(monkeypatch):
         choose_decoder("dali")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_decoder("auto") == "torch"
+
+
+@pytest.mark.parametrize(("decoder", "workers"), [("torch", 0), ("torch", 1), ("dali", 1)])
+def test_store_that_does_not_answer_is_named(index, tokenizer, monkeypatch, decoder, workers):
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    answer = threading.Event()
+    read = index.read_image
+    monkeypatch.setattr(index, "read_image", lambda row: answer.wait(60) and read(row))
+    stream = iter(loader(index, tokenizer, decoder=decoder, num_workers=workers, stall_seconds=0.2))
+    try:
+        with pytest.raises(DataError, match=r"step 0: no batch within 0\.2 s \(--stall-seconds\).* slow ") as error:
+            next(stream)
+        assert "\n" not in str(error.value)
+    finally:
+        answer.set()
+
+
+def test_limit_is_for_a_batch_not_for_its_use(index, tokenizer):
+    stream = iter(loader(index, tokenizer, num_workers=1, stall_seconds=5))
+    assert [next(stream).step for _ in range(6)] == list(range(6))
+    unlimited = iter(loader(index, tokenizer, num_workers=1, stall_seconds=0))
+    assert next(unlimited).step == 0
 
 
 def test_steps_per_epoch(index, tokenizer):
