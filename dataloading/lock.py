@@ -4,6 +4,7 @@ The lock is the kernel's (flock): a process that dies lets go of it, and a lock 
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -19,29 +20,38 @@ def alone(path: Path, *, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file `path`, made if absent, for the length of the block.
 
     busy: the refusal when another process has it, "{holder}" in it is replaced by who that is; None waits instead, and
-    says so in the log. Raises ValueError with `busy`, OSError where the file cannot be made or locked.
+    says so in the log. Raises ValueError with `busy`, OSError where the file cannot be made. File systems without
+    locks (Lustre mounted without flock, some NFS) are gone on without one, which the log says.
     """
     with open(path, "a+", encoding="utf-8") as lock:
-        _acquire(lock.fileno(), path, busy)
+        locked = _acquire(lock.fileno(), path, busy)
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
             yield
         finally:
-            # Unlocked rather than only closed: workers forked meanwhile hold the same open file.
-            fcntl.flock(lock.fileno(), fcntl.LOCK_UN)
+            if locked:
+                # Unlocked rather than only closed: workers forked meanwhile hold the same open file.
+                fcntl.flock(lock.fileno(), fcntl.LOCK_UN)
 
 
-def _acquire(descriptor: int, path: Path, busy: str | None) -> None:
+def _acquire(descriptor: int, path: Path, busy: str | None) -> bool:
+    """Lock the open file; False where its file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
+        return True
     except BlockingIOError:
         if busy is not None:
             raise ValueError(busy.replace("{holder}", _holder(path))) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        log.warning("%s: no locks on this file system (%s): let one process at a time write there", path.parent, error)
+        return False
     log.info("%s: waiting for %s", path, _holder(path))
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return True
 
 
 def _holder(path: Path) -> str:

@@ -10,10 +10,8 @@ A start writes nothing here before every check has passed. Its files are then wr
 are deleted if that is wanted, and the new ones take their place. Only what a run wrote is ever deleted.
 """
 
-import errno
 import fcntl
 import json
-import logging
 import os
 import shutil
 import time
@@ -28,7 +26,6 @@ from .dataloading.lock import alone
 from .dataloading.text import WordPiece
 from .files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, sync_folder, writing
 
-log = logging.getLogger(__name__)
 
 CONFIG, DATA, TOKENIZER, METRICS = "config.json", "data.json", "tokenizer/tokenizer.json", "metrics.jsonl"
 LOCK = ".lock"
@@ -79,7 +76,7 @@ def own(run_dir: Path) -> Iterator[None]:
     lock = run_dir / LOCK
     with ExitStack() as stack:
         try:
-            with writing(lock), _no_locks_there(run_dir):
+            with writing(lock):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 _wait_for(lambda: stack.enter_context(alone(lock, busy=_BUSY.format(run_dir, "{holder}"))))
         except CannotWrite:
@@ -89,17 +86,6 @@ def own(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             _remove_unused(made)
-
-
-@contextmanager
-def _no_locks_there(run_dir: Path) -> Iterator[None]:
-    """Go on without a lock on file systems that have none (Lustre mounted without flock, some NFS), and say so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        log.warning("%s: no locks on this file system (%s): let one run at a time write there", run_dir, error)
 
 
 def _remove_unused(made: Sequence[Path]) -> None:

@@ -1,10 +1,13 @@
 """One process at a time: refusing, waiting, and letting go when the holder is killed."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -63,4 +66,16 @@ def test_a_killed_holder_lets_go(tmp_path):
         holder.wait()
         holder.stdout.close()
     with alone(lock, busy="busy"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_serves_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    for busy in (None, "in use by {holder}"):
+        with alone(tmp_path / ".lock", busy=busy):
+            pass
+    assert ["no locks on this file system" in record.message for record in caplog.records] == [True, True]
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"), alone(tmp_path / ".lock"):
         pass
