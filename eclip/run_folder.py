@@ -26,7 +26,6 @@ from .dataloading.lock import alone
 from .dataloading.text import WordPiece
 from .files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, sync_folder, writing
 
-
 CONFIG, DATA, TOKENIZER, METRICS = "config.json", "data.json", "tokenizer/tokenizer.json", "metrics.jsonl"
 LOCK = ".lock"
 _NEW = ".new"
