@@ -70,9 +70,11 @@ class CsvSource:
         least = max((i + 1 for i, name in enumerate(self.labels) if name), default=0)
         rows = _data_rows(self.text, self.separator, self.quotes)
         next(rows, None)
-        for line, lines, cells in rows:
+        for line, lines, cells, zeros in rows:
             count = len(cells)
-            if not any(cell.strip() for cell in cells):
+            if zeros:
+                yield Record(line, {}, "zero bytes: a part of the file, and rows with it, may be lost")
+            elif not any(cell.strip() for cell in cells):
                 yield Record(line, {}, "empty row")
             elif _name(cells[0]) == self.labels[0] and tuple(map(_name, cells)) == self.labels:
                 yield Record(line, {}, "the header once more")
@@ -161,7 +163,7 @@ def open_csv(
     if first is None:
         raise ValueError(f"{text.path}: empty; expected a table whose first line names the columns")
     labels: list[str] = []
-    for name in map(_name, first[2]):
+    for name in map(_name, first.cells):
         count = sum(label == name or label.startswith(f"{name} (") for label in labels) if name else 0
         labels.append(f"{name} ({count + 1})" if count and name in labels else name)
     return CsvSource(text, tuple(filter(None, labels)), separator, quotes, tuple(labels))
@@ -171,16 +173,28 @@ def _name(cell: str) -> str:
     return " ".join(strip(cell).split())
 
 
-def _rows(
-    lines: Iterator[str], path: Path, separator: str, quotes: bool, first: int
-) -> Iterator[tuple[int, int, list[str]]]:
-    """First line, number of lines and cells of each record; [] for a blank line. `first` is the first line's number."""
+class _Parsed(NamedTuple):
+    line: int
+    """The first of its lines."""
+    lines: int
+    cells: list[str]
+    """None for a blank line."""
+    zeros: bool
+    """Whether it held NUL characters, which became others."""
+
+
+def _rows(lines: Iterator[str], path: Path, separator: str, quotes: bool, first: int) -> Iterator[_Parsed]:
+    """The records of these lines, of which the first has the number `first`."""
     held: list[str] = []
+    zeros = False
 
     def feed() -> Iterator[str]:
+        nonlocal zeros
         for line in lines:
-            held.append(line.replace("\0", "\x1a"))  # Python 3.10's reader raises at NUL; either is a control character
-            yield held[-1]
+            if "\0" in line:  # at which Python 3.10's reader raises
+                line, zeros = line.replace("\0", "\x1a"), True
+            held.append(line)
+            yield line
 
     reader = csv.reader(
         feed(),
@@ -196,12 +210,13 @@ def _rows(
             return
         except csv.Error as error:
             raise ValueError(_broken(error, path, first, "".join(held), separator)) from error
-        yield first, len(held), cells
+        yield _Parsed(first, len(held), cells, zeros)
         first += len(held)
         held.clear()
+        zeros = False
 
 
-def _data_rows(text: TextFile, separator: str, quotes: bool) -> Iterator[tuple[int, int, list[str]]]:
+def _data_rows(text: TextFile, separator: str, quotes: bool) -> Iterator[_Parsed]:
     """The header and the rows, without blank lines and Excel's `sep=;` line."""
     lines, first = text.lines(), 1
     for line in lines:
@@ -215,9 +230,9 @@ def _data_rows(text: TextFile, separator: str, quotes: bool) -> Iterator[tuple[i
         yield line.lstrip("\ufeff")
         yield from lines
 
-    for begin, count, cells in _rows(rest(), text.path, separator, quotes, first):
-        if len(cells) > 1 or (cells and cells[0].strip()):
-            yield begin, count, cells
+    for row in _rows(rest(), text.path, separator, quotes, first):
+        if len(row.cells) > 1 or (row.cells and row.cells[0].strip()):
+            yield row
 
 
 def _broken(error: csv.Error, path: Path, first: int, text: str, separator: str) -> str:
@@ -275,10 +290,10 @@ def _sniff(text: TextFile, quotes: bool, tabs: bool, known: Callable[[Sequence[s
         counts: list[int] = []
         names: list[str] = []
         try:
-            for _, _, cells in _rows(iter(lines), text.path, separator, quotes, 1):
-                if any(cell.strip("\ufeff \t") for cell in cells):
-                    names = names or [strip(cell) for cell in cells]
-                    counts.append(len(cells))
+            for row in _rows(iter(lines), text.path, separator, quotes, 1):
+                if any(cell.strip("\ufeff \t") for cell in row.cells):
+                    names = names or [strip(cell) for cell in row.cells]
+                    counts.append(len(row.cells))
         except ValueError:  # here or after the lines looked at: said when the table is read
             pass
         alike = sum(count == len(names) for count in counts) / len(counts) if counts else 0.0

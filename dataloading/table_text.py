@@ -145,8 +145,10 @@ def _check_zeros(path: Path, head: bytes) -> None:
         raise ValueError(f"{path}: begins with {zeros} zero bytes: not a table, or a download that never finished")
     if zeros * 8 < len(head):
         return  # an odd one: its row is rejected
-    little = head[1::2].count(0) >= head[::2].count(0)
+    big, little = head[::2].count(0), head[1::2].count(0)
+    if max(big, little) < 4 * min(big, little):
+        raise ValueError(f"{path}: {zeros} zero bytes near its begin: a part of the file was lost, or never written")
     raise ValueError(
         f"{path}: every other byte is zero, as in UTF-16, and no byte order mark says so; "
-        f"give --encoding utf-16-{'le' if little else 'be'}"
+        f"give --encoding utf-16-{'le' if little > big else 'be'}"
     )

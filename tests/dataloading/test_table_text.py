@@ -90,6 +90,8 @@ def test_utf16_without_a_mark(tmp_path: Path, name: str, codec: str) -> None:
 
 def test_bytes_of_zero_only(tmp_path: Path) -> None:
     assert "100 zero bytes" in refusal(tmp_path, bytes(100))
+    assert "8000 zero bytes near" not in refusal(tmp_path, (HEADER + GOOD).encode() + bytes(8000))
+    assert "a part of the file was lost" in refusal(tmp_path, (HEADER + GOOD).encode() + bytes(8000))
 
 
 @pytest.mark.parametrize(
