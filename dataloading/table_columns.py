@@ -97,10 +97,10 @@ class Columns:
 
     def describe(self) -> str:
         """The mapping in one line, "title <- name"."""
-        shown = dict(self.fields) | ({"image": ", ".join(self.images)} if self.images else {})
+        mapping = dict(self.fields) | ({"image": ", ".join(self.images)} if self.images else {})
         if self.own_id:
-            shown["product"] += f" (where empty: {self.own_id})"
-        return "; ".join(f"{name} <- {column}" for name, column in shown.items())
+            mapping["product"] += f" (where empty: {self.own_id})"
+        return "; ".join(f"{name} <- {column}" for name, column in mapping.items())
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -191,7 +191,7 @@ class Mapper:
             self.notes.append(f"no product id: rows of one {fields['title']} are one product (--column product=NAME)")
         elif "product" not in self.given and compact(fields["product"]) in _GROUPS:
             own_id = self._candidate("product", without=_GROUPS)
-            if own_id:
+            if own_id and "sku" not in self.given:
                 fields.setdefault("sku", own_id)
         if "category" not in fields:
             self.notes.append("no category: every product gets the category 'all' (--column category=NAME)")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from .table_text import TextFile
 from .table_values import shown, strip
@@ -25,6 +25,12 @@ _IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)\b", re.IGNO
 _EXCEL_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)
 
 
+_WAYS_OUT = {  # by the first letter of a file that holds one value
+    "[": "an array becomes lines by: jq -c '.[]' table.json > table.jsonl",
+    "{": "objects over several lines become lines by: jq -c . table.json > table.jsonl",
+}
+
+
 class Record(NamedTuple):
     """The named cells of one row, or the fault for which it is left out."""
 
@@ -32,20 +38,6 @@ class Record(NamedTuple):
     cells: dict[str, Any]
     fault: str = ""
     detail: str = ""
-
-
-class Source(Protocol):
-    """A table's records by column name; each call of `records` reads the file anew."""
-
-    text: TextFile
-    columns: tuple[str, ...] | None
-    """As in the header; None for JSON lines, whose keys may differ from line to line."""
-
-    def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
-        """The rows with the cells of the wanted columns (all by default). Raises ValueError naming the line."""
-
-    def describe(self) -> str:
-        """The kind of table, for a report."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +52,16 @@ class CsvSource:
     """A name for each cell of the header, "" for those without; a name's second column is called "name (2)"."""
 
     def describe(self) -> str:
+        """The kind of table, for a report."""
         named = next((name for name, letter in SEPARATORS.items() if letter == self.separator), repr(self.separator))
         return f"separator {named}" + ("" if self.quotes else ", no quotes")
 
     def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
-        """Rows whose number of cells is the header's; cells beyond it must be empty, those of no name may lack."""
+        """The rows, with the cells of the wanted columns (all by default); each call reads the file anew.
+
+        A row has the header's number of cells; further ones must be empty, last ones without a name may lack. Raises
+        ValueError, naming the line, for broken quotes and undecodable bytes.
+        """
         places = [(i, name) for i, name in enumerate(self.labels) if name and (wanted is None or name in wanted)]
         width = len(self.labels)
         least = max((i + 1 for i, name in enumerate(self.labels) if name), default=0)
@@ -108,15 +105,17 @@ class CsvSource:
 
 @dataclass(frozen=True)
 class JsonSource:
-    """JSON lines: an object a line."""
+    """JSON lines: an object a line, whose keys may differ from line to line."""
 
     text: TextFile
     columns: None = None
 
     def describe(self) -> str:
+        """The kind of table, for a report."""
         return "JSON lines"
 
     def records(self, wanted: Collection[str] | None = None) -> Iterator[Record]:
+        """As of CsvSource. Raises ValueError, naming the line, for what is not a JSON object."""
         path = self.text.path
         for line, text in enumerate(self.text.lines(), start=1):
             if not text.strip():
@@ -127,15 +126,15 @@ class JsonSource:
                 yield Record(line, {}, "a key occurs twice", shown(str(repeated)))
                 continue
             except (ValueError, RecursionError) as error:
-                reason = "JSON lines hold an object a line; " + _ARRAY if text.lstrip().startswith("[") else str(error)
+                way_out = _WAYS_OUT.get(text.strip()[:1]) if line == 1 else None
+                reason = f"{error}; JSON lines hold an object a line; {way_out}" if way_out else str(error)
                 raise ValueError(f"{path}, line {line}: not valid JSON ({reason})") from error
             if not isinstance(row, dict):
                 wrong = f"expected a JSON object, found {type(row).__name__}"
-                raise ValueError(f"{path}, line {line}: {wrong}" + (f"; {_ARRAY}" if isinstance(row, list) else ""))
+                raise ValueError(
+                    f"{path}, line {line}: {wrong}" + (f"; {_WAYS_OUT['[']}" if isinstance(row, list) else "")
+                )
             yield Record(line, {k: v for k, v in row.items() if wanted is None or k in wanted})
-
-
-_ARRAY = "an array becomes lines by: jq -c '.[]' table.json > table.jsonl"
 
 
 class _RepeatedKeyError(Exception):
@@ -178,7 +177,7 @@ class _Parsed(NamedTuple):
     """The first of its lines."""
     lines: int
     cells: list[str]
-    """None for a blank line."""
+    """Empty for a blank line."""
     zeros: bool
     """Whether it held NUL characters, which became others."""
 

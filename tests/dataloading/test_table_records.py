@@ -256,15 +256,16 @@ def test_a_repeated_key_rejects_its_row(tmp_path: Path) -> None:
         ('{"a": 1}{"a": 2}\n', "line 1: not valid JSON (Extra data"),
         (
             '[\n{"a": 1},\n{"a": 2}\n]',
-            "line 1: not valid JSON (JSON lines hold an object a line; an array becomes lines by",
+            "JSON lines hold an object a line; an array becomes lines by",
         ),
         ('[{"a": 1}, {"a": 2}]', "jq -c"),
+        ('{\n "product": 1\n}\n', "objects over several lines become lines by"),
         ('"text"\n', "found str"),
         ("[" * 100_000, "line 1: not valid JSON"),
         ('{"product": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
         ("product,title\n", "line 1: not valid JSON"),
     ],
-    ids=["cut", "cut after blanks", "two", "array", "array in a line", "text", "deep", "long number", "csv"],
+    ids=["cut", "cut after blanks", "two", "array", "array in a line", "pretty", "text", "deep", "long number", "csv"],
 )
 @pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
 def test_broken_json_is_named_by_its_line(tmp_path: Path, content: str, message: str, name: str) -> None:
