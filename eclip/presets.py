@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     import tyro  # here, so that a finished run opens where tyro is not installed
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with _one_line_errors():
+    with one_line_errors():
         config, unknown = tyro.cli(
             RunConfig,
             prog=_PROGRAM,
@@ -142,7 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """tyro draws a box around what is wrong; a log of many ranks wants a line."""
     said = io.StringIO()
     try:
@@ -176,6 +176,8 @@ def _unknown(argument: str) -> str:
     settings = [RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig]
     known = [field.name.replace("_", "-") for kind in settings for field in dataclasses.fields(kind)]
     near = [flag for flag in known if name in flag] or get_close_matches(name, known)
+    if name == "device":
+        return "--device: no such flag: training takes the GPUs it finds (CUDA_VISIBLE_DEVICES chooses), else the CPU"
     hint = f"did you mean {' or '.join(f'--{flag}' for flag in near[:3])}? " if near else ""
     return f"--{name}: no such flag; {hint}{_PROGRAM} --help lists them"
 

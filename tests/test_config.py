@@ -59,6 +59,7 @@ def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> Non
         ("--batch-size 0", r"--batch-size: no such flag; did you mean --global-batch-size\? "),
         ("--batch_size=8", "did you mean --global-batch-size"),
         ("--lr 1e-3", "--lr: no such flag"),
+        ("--device tpu", "--device: no such flag: training takes the GPUs it finds"),
         ("--max-token 9", "did you mean --max-tokens"),
         ("--depth 3", "--vision-depth or --text-depth or --decoder-depth"),
         ("--flip 3", "3: no flag stands before it"),

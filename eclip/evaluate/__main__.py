@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from eclip.evaluate.run import evaluate_run
-from eclip.presets import _one_line_errors
+from eclip.presets import one_line_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Arguments:
 
 
 def main() -> None:
-    with _one_line_errors():
+    with one_line_errors():
         arguments = tyro.cli(Arguments, prog="python -m eclip.evaluate")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
