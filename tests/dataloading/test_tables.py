@@ -10,7 +10,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from eclip.dataloading import pack
 from eclip.dataloading.rejection import Rejection
 from eclip.dataloading.tables import add_table_arguments, open_table, table_options
 from tests.dataloading.table_files import GOOD, HEADER, image_folder, read, refusal, table_of
@@ -197,3 +199,23 @@ def test_the_locale_does_not_matter(tmp_path: Path, locale: dict[str, str]) -> N
     done = subprocess.run(command, env=os.environ | locale, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [["Stühle 椅子", ["stühle, rot.jpg"]]]
+
+
+def test_the_packing_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shop's export as it comes; the report stands before the counts, and a refusal is one line."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (40, 40), "red").save(photos / name)
+    table = tmp_path / "export.csv"
+    table.write_bytes("sep=;\r\nBezeichnung;assets;facets\r\nSchöner Stuhl;a.jpg, b.jpg;Stühle\r\n".encode("cp1252"))
+    command = ["--table", str(table), "--images", str(photos), "--out", str(tmp_path / "out"), "--no-progress"]
+    for flags, message in (([], "--encoding cp1252"), (["--encoding", "cp1252"], "--column title=NAME")):
+        with pytest.raises(SystemExit) as stopped:
+            pack.main([*command, *flags])
+        refused = capsys.readouterr().err
+        assert stopped.value.code in (1, 2) and len(refused.splitlines()) == 1 and message in refused
+    pack.main([*command, "--encoding", "cp1252", "--column", "title=bezeichnung"])
+    printed = capsys.readouterr().out
+    assert "title <- Bezeichnung" in printed and "separator semicolon, encoding cp1252" in printed
+    assert "train 1; 2 images" in printed
