@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from .signals import Stopped, StopSignals, signal_name
-from .torchrun import may_restart, restart_is_left, stopped_status, write_error_file
+from .torchrun import restart_is_left, stopped_status, write_error_file
 from .watch import PeerFailed, Watch, write_peer_error
 
 T = TypeVar("T")
@@ -92,12 +92,13 @@ def _speak(line: str, watch: Watch, text: str | None = None) -> int:
 
 def say_stopped(signum: int, what: str, *, speaks: bool) -> int:
     """The line of a run that stopped by request, from the rank that `speaks`; the exit status of every rank."""
-    note = " (exit status 0, so that torchrun does not start it again)" if may_restart() else ""
+    status = stopped_status(signum)
+    note = "" if status else " (exit status 0, so that torchrun does not start it again)"
     line = f"{signal_name(signum)}: {what}{note}"
     write_error_file(line)
     if speaks:
         print(line, flush=True)
-    return stopped_status(signum)
+    return status
 
 
 def once(read: Callable[[], T]) -> T:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER_GONE = signal.SIGHUP
+"""Passed on where no signal came: torchrun was killed, or the store of the ranks went."""
 # torchrun and Slurm kill 30 s after SIGTERM.
 GRACE_SECONDS = 20.0
 # A queue signals every process of a job, and torchrun then passes the signal on: twice, and meant once.
@@ -26,7 +28,7 @@ _END = bytes([0])  # no signal has the number 0
 
 def signal_name(number: int) -> str:
     """SIGTERM."""
-    return signal.Signals(number).name
+    return "torchrun or its store is gone" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,6 +55,7 @@ class StopSignals:
         self._arrived: float | None = None  # time.monotonic() of the first SIGTERM or SIGINT
         self._unanswered: tuple[int, float] | None = None
         self._nudges = 0
+        self._passed: int | None = None
 
     def __enter__(self) -> "StopSignals":
         self._reader, self._writer = socket.socketpair()
@@ -92,16 +95,17 @@ class StopSignals:
             self._raises = before
 
     def pass_on(self, signum: int) -> None:
-        """Another rank got a signal: do here, from any thread, what it would do."""
+        """Another rank got a signal, or LAUNCHER_GONE: do here, from any thread, what a signal would do."""
         if self.signum is None:
-            _signal_main_thread(signum)
+            self._passed = signum
+            _signal_main_thread(signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled = True
         if self.signum is None:
-            self.signum = number
+            self.signum = self._passed or number
             if self._raises:
-                raise Stopped(number)
+                raise Stopped(self.signum)
 
     def _read(self) -> None:
         while True:

@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+from .signals import LAUNCHER_GONE
+
 _RECORD = "launch.json"
 
 
@@ -42,8 +44,11 @@ def _restart_count() -> int:
 
 
 def stopped_status(signum: int) -> int:
-    """Exit status of a run that stopped by request: 128 + signal as in shells, 0 where torchrun would restart it."""
-    return 0 if may_restart() else 128 + signum
+    """Exit status of a run that stopped by request: 128 + signal as in shells, 0 where torchrun would restart it.
+
+    That a torchrun is gone is nobody's request: the others should restart.
+    """
+    return 0 if may_restart() and signum != LAUNCHER_GONE else 128 + signum
 
 
 def write_error_file(message: str, *, when: float | None = None, traceback: str | None = None) -> None:

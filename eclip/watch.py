@@ -7,13 +7,13 @@ work may take hours without one.
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .rendezvous import Meeting
+from .signals import LAUNCHER_GONE
 from .torchrun import is_local, under_torchrun, write_error_file
 
 INTERVAL = 1.0
@@ -128,12 +128,12 @@ class Watch:
         while not self._retired:
             beat += 1
             if under_torchrun() and os.getppid() != self._parent:  # torchrun is gone, perhaps with the store
-                self._on_stop(self._stop or signal.SIGTERM)
+                self._on_stop(self._stop or LAUNCHER_GONE)
                 return
             try:
                 self._look(beat, time.monotonic() - looked)
             except RuntimeError:  # the store is gone, with rank 0 or with the launcher
-                self._on_stop(self._stop or signal.SIGTERM)
+                self._on_stop(self._stop or LAUNCHER_GONE)
                 return
             looked = time.monotonic()
             self._wake.wait(INTERVAL)

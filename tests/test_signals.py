@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from eclip.signals import Stopped, StopSignals
+from eclip.signals import LAUNCHER_GONE, Stopped, StopSignals
 from tests.helpers import rank_environment
 from tests.processes import Processes
 
@@ -31,14 +31,17 @@ def test_raises_outside_the_loop_and_is_noted_inside(number: signal.Signals) -> 
 def test_ends_a_wait() -> None:
     """Of the main thread in Python, as the wait for a batch is: told by another rank, or by a signal to a thread."""
     never = threading.Event()
-    for send in (lambda stop: stop.pass_on(signal.SIGTERM), lambda stop: signal.raise_signal(signal.SIGTERM)):
+    for number, send in (
+        (LAUNCHER_GONE, lambda stop: stop.pass_on(LAUNCHER_GONE)),
+        (signal.SIGTERM, lambda stop: signal.raise_signal(signal.SIGTERM)),
+    ):
         with StopSignals() as stop, stop.noted():
             timer = threading.Timer(0.05, send, [stop])
             timer.start()
             with pytest.raises(Stopped), stop.interrupting():
                 never.wait(60)
             timer.join()
-            assert stop.signum == signal.SIGTERM
+            assert stop.signum == number
 
 
 def test_an_error_that_leaves_the_loop_is_handled_in_peace() -> None:

@@ -7,6 +7,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from eclip import torchrun
+from eclip.signals import LAUNCHER_GONE
 from eclip.torchrun import begun_by_this_launch, mark_begun, restart_is_left, stopped_status, write_error_file
 
 
@@ -25,6 +26,7 @@ def test_exit_status_of_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not restart_is_left()
     _launch(monkeypatch, restarts=2, count=2)  # other agents may count otherwise
     assert stopped_status(signal.SIGTERM) == 0
+    assert stopped_status(LAUNCHER_GONE) != 0
     assert not restart_is_left()
     _launch(monkeypatch, restarts=2, count=1)
     assert restart_is_left()

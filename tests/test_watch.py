@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import eclip.watch
 from eclip.rendezvous import Meeting
+from eclip.signals import LAUNCHER_GONE
 from eclip.watch import Failure, Watch, write_peer_error
 
 MEMBERS = ("process 10 on a", "process 20 on b", "process 30 on c")
@@ -136,7 +137,7 @@ def test_a_store_that_is_gone_stops_the_run(ranks: _Ranks) -> None:
     watch = ranks.start(1)
     del server
     assert ranks.stopped.wait(30)
-    assert ranks.stops == {1: signal.SIGTERM}
+    assert ranks.stops == {1: LAUNCHER_GONE}
     assert watch.failure() is None
     assert watch.publish_failure("error: lost")
 
