@@ -66,7 +66,12 @@ def find_tars(data_dir: Path, split: str) -> list[Path]:
     """
     require_finished(data_dir)
     pattern = re.compile(rf"{re.escape(split)}-(\d+)\.tar")
-    found = {int(m[1]): p for p in data_dir.glob(f"{split}-*.tar") if (m := pattern.fullmatch(p.name))}
+    found: dict[int, Path] = {}
+    for path in sorted(data_dir.glob(f"{split}-*.tar")):
+        if match := pattern.fullmatch(path.name):
+            other = found.setdefault(int(match[1]), path)
+            if other != path:
+                raise ValueError(f"{path}: has the number of {other.name}; give each tar its own")
     if not found:
         raise ValueError(
             f"{data_dir}: no {split}-000000.tar; pack the catalogue there first "

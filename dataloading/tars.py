@@ -119,7 +119,7 @@ def _members(file: BinaryIO, path: Path, size: int) -> Iterator[tarfile.TarInfo]
     if not head:
         raise DataError(f"{path}: truncated at 0 bytes, an empty file; {_AGAIN}")
     file.seek(0)
-    last = "its beginning"
+    last = None
     with _readable(path):
         if (kind := file_kind(head)) and head.strip(b"\0"):
             raise DataError(f"{path}: not a whole tar: it is {kind}; images are read by their place in a plain tar")
@@ -129,13 +129,14 @@ def _members(file: BinaryIO, path: Path, size: int) -> Iterator[tarfile.TarInfo]
             end = info.offset_data + info.size
             if info.isfile() and not info.issparse() and end > size:
                 raise DataError(f"{path}: truncated at {size} bytes, {info.name!r} ends at byte {end}; {_AGAIN}")
-            last = repr(info.name)
+            last = info
             yield info
         _check_end(file, path, tar.offset, size, last)
 
 
-def _check_end(file: BinaryIO, path: Path, end: int, size: int, last: str) -> None:
-    """Raise DataError unless zeros alone follow the last member: a block of them or more."""
+def _check_end(file: BinaryIO, path: Path, end: int, size: int, info: tarfile.TarInfo | None) -> None:
+    """Raise DataError unless zeros alone follow the last member, `info`: a block of them or more."""
+    last = repr(info.name) if info else "its beginning"
     file.seek(end)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
@@ -150,11 +151,25 @@ def _check_end(file: BinaryIO, path: Path, end: int, size: int, last: str) -> No
         )
     if end == 0 and size > _RECORD:
         raise DataError(f"{path}: empty: {size} bytes of zeros, as a download that never began; {_AGAIN}")
+    if size - end > _RECORD + 2 * BLOCK and info and _ends_in_zeros(file, info):
+        raise DataError(
+            f"{path}: {last} ends in zeros, and so does the tar, its last {size - end} bytes: a download that was cut; "
+            f"{_AGAIN}"
+        )
     if size - end > _USUAL_PADDING:
         log.warning(
             "%s: the last %d bytes are zeros, after %s: if its download was cut, products are missing",
             path, size - end, last,
         )  # fmt: skip
+
+
+def _ends_in_zeros(file: BinaryIO, info: tarfile.TarInfo) -> bool:
+    """Whether a record's or an image's last bytes are missing: all their formats end otherwise."""
+    suffix = info.name.rpartition("/")[2].partition(".")[2]
+    if not (info.isfile() and info.size >= 16 and (is_json(suffix) or is_image(suffix))):
+        return False
+    file.seek(info.offset_data + info.size - 16)
+    return not any(file.read(16))
 
 
 def _first_nonzero(file: BinaryIO, start: int) -> int | None:

@@ -125,6 +125,12 @@ def test_tar_missing_in_the_middle_and_at_the_end(tmp_path):
     fails(tmp_path, "train-000001.tar is missing")
 
 
+def test_two_tars_of_one_number(tmp_path):
+    make_split(tmp_path, tars=2)
+    (tmp_path / "train-1.tar").write_bytes((tmp_path / "train-000001.tar").read_bytes())
+    fails(tmp_path, "train-1.tar: has the number of train-000001.tar")
+
+
 @pytest.mark.parametrize("keep", [0, 100, 700, 5_000, -11_000, -512 * 19])
 def test_truncated_tar(tmp_path, keep):
     make_split(tmp_path, tars=1)

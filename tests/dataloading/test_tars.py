@@ -18,6 +18,7 @@ from tests.dataloading.fixtures import jpeg, make_split
 
 NAME = "train-000000.tar"
 RECORD = json.dumps({"title": "Red sofa", "product": "p", "category": "sofa"}).encode()
+PRODUCT_PARTS = {"json": RECORD, "000.jpg": jpeg(0)}
 PRODUCT = {"k.json": RECORD, "k.000.jpg": jpeg(0)}
 
 
@@ -104,6 +105,15 @@ def test_any_number_of_zeros_may_end_a_tar(tmp_path, zeros, caplog):
     path.write_bytes(data)
     assert keys(tmp_path) == ["k/000.jpg"]
     assert ("if its download was cut" in caplog.text) == (zeros > 2**20)
+
+
+@pytest.mark.parametrize("at", [700, 900, 20_000, 20_700, 40_100])
+def test_download_cut_into_a_preallocated_file(tmp_path, at):
+    """Zeros from any byte of a member's data on, to the end: the next header looks like the mark that ends a tar."""
+    path = write(tmp_path / NAME, {f"k{i:02d}.{n}": c.ljust(700) for i in range(30) for n, c in PRODUCT_PARTS.items()})
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + bytes(len(data) - at))
+    fails(tmp_path, "ends in zeros", "a download that was cut")
 
 
 def test_every_truncation_is_named(tmp_path):
