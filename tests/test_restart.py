@@ -89,7 +89,8 @@ from eclip.parallel import find_ranks, start_ranks
 from eclip.signals import StopSignals
 
 with StopSignals() as stop:
-    ranks = start_ranks(find_ranks(timeout=2, stop=stop))
+    ranks = start_ranks(find_ranks(timeout=60, stop=stop))
+    ranks.watch.timeout = 2  # the time to start is another matter
     print(f"rank {ranks.rank} is {os.getpid()}", flush=True)
     try:
         with stop.noted():
@@ -102,11 +103,10 @@ with StopSignals() as stop:
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     with Processes() as processes:
-        ranks = processes.start_ranks([sys.executable, "-c", STOPPED], ranks=3)
-        processes.wait_for(r"rank \d is", times=3)
+        ranks = processes.start_ranks([sys.executable, "-c", STOPPED])
+        processes.wait_for(r"rank \d is", times=2)
         ranks[1].send_signal(signal.SIGSTOP)
         assert processes.wait(ranks[0]) == 1
-        assert processes.wait(ranks[2]) == 1
         lost = [line for line in processes.output.splitlines() if line.startswith("error: ")]
         assert len(lost) == 1, processes.output
         assert f"rank 1 (process {ranks[1].pid} on " in lost[0]
