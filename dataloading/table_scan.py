@@ -80,6 +80,14 @@ def scan_table(source: CsvSource | JsonSource, columns: Mapping[str, str]) -> Sc
     return Scan(rows=rows, names=tuple(names), sample=tuple(sample))
 
 
+class NoImages(ValueError):
+    """None of the images looked up is there; `names` are theirs, a sample of the table's."""
+
+    def __init__(self, message: str, names: list[str]):
+        super().__init__(message)
+        self.names = names
+
+
 @dataclass(frozen=True)
 class Look:
     """Columns of images, how their cells are read, the names in the sample and how many of these are there."""
@@ -106,7 +114,7 @@ def _look_at(cells: list[Any], folder: Path, columns: list[str]) -> Look:
 def look_up(mapper: Mapper, scan: Scan, folder: Path) -> Look:
     """The first candidates for columns of images whose files are there, with further columns of which that is true.
 
-    Raises ValueError when names were looked up and none is there.
+    Raises NoImages when names were looked up and none is there.
     """
     looks: list[Look] = []
     for columns in mapper.image_candidates():
@@ -117,7 +125,7 @@ def look_up(mapper: Mapper, scan: Scan, folder: Path) -> Look:
             return _look(scan, folder, [*columns, *more]) if more else looks[-1]
     named = next((look for look in looks if look.names), None)
     if named:
-        raise ValueError(f"{mapper.table}: {explain_absence(folder, named.names, named.columns[0])}")
+        raise NoImages(f"{mapper.table}: {explain_absence(folder, named.names, named.columns[0])}", named.names)
     return looks[0] if looks else Look([], ImageNames(folder), [], 0)
 
 

@@ -177,8 +177,8 @@ def open_table(
     columns: the column's name by field, beyond the aliases; "" leaves an optional field out. separator: one character
     or a name of SEPARATORS, found out by default. quotes: whether '"' quotes cells; else it is a letter.
 
-    Raises ValueError, in one line with the way out, when the file cannot be read as a table in full, a required
-    column is not found, or none of the images looked up is there.
+    Raises ValueError, in one line with the way out, when the file cannot be read as a table in full or a required
+    column is not found; NoImages (table_scan.py), one of them, when none of the images looked up is there.
     """
     columns = columns or {}
     if not images.is_dir():
@@ -193,7 +193,8 @@ def open_table(
         look = look_up(mapper, scan, images)
         mapping = mapper.columns(look.columns)
     except ValueError as error:
-        raise ValueError(printable(str(error))) from error  # names of columns and files may hold anything
+        error.args = (printable(str(error)),)  # names of columns and files may hold anything
+        raise
     return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names), stamp=stamp)
 
 

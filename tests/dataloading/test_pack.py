@@ -98,6 +98,21 @@ def test_unusable_tables(tmp_path: Path) -> None:
             pack_catalog(**{"table": tmp_path / "empty.csv", "images": tmp_path, "data_dir": tmp_path, **settings})
 
 
+def test_images_that_are_all_absent_are_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before any decode, since the folder is the likely fault; what was looked for is kept all the same."""
+    (tmp_path / "t.csv").write_text("product,title,category,image\np,A,C,lost.png\nq,B,C,../away.png\n")
+    with pytest.raises(SystemExit) as stop:
+        pack.main(["--table", str(tmp_path / "t.csv"), "--images", str(tmp_path), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert "1 x file not found (image; e.g. lost.png)" in printed.out and "--images" in printed.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["where"], row["reason"]) for row in rows] == [
+        ("lost.png", "file not found"),
+        ("../away.png", "outside the image folder"),
+    ]
+
+
 def test_packing_again_with_other_shares_leaves_no_product_twice(tmp_path: Path) -> None:
     table, out = simple(tmp_path, 40), tmp_path / "out"
     pack_catalog(table, tmp_path, out, val=0.2, test=0.2, progress=False)
