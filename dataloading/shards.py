@@ -86,6 +86,20 @@ def find_tars(data_dir: Path, split: str) -> list[Path]:
     return [found[i] for i in sorted(found)]
 
 
+def _require_texts(product: Product, where: str) -> None:
+    """Raise ValueError for a name that is no text, or that UTF-8 cannot hold: the index keeps them as such."""
+    names = {name: getattr(product, name) for name in ("product", "title", "category", "catalog")}
+    for i, image in enumerate(product.images):
+        names |= {f"images[{i}].{name}": getattr(image, name) for name in ("file", "source", "sku", "title")}
+    for name, value in names.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be text, in quotes")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {name} is {value!r}, which holds half a character; write it as UTF-8") from None
+
+
 def _records(product: Product, members: Mapping[str, Span], where: str) -> list[tuple[ImageRecord, Span]]:
     """The images of a sample: those its JSON describes, in that order, then the tar's others with default facts."""
     small = {suffix.lower(): suffix for suffix in members}
@@ -136,8 +150,9 @@ class _Builder:
         data = file.read(span[1])
         try:
             product = Product.from_json(data, where=where)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where}: not a product record ({error})") from error
+        _require_texts(product, where)
         records = _records(product, members, where)
         self.digest.update(data)
         self.keys[key] = len(self.keys)
