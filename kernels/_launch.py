@@ -1,7 +1,9 @@
 """What every kernel file needs before a launch: path choice, dtype rules, argument checks. No kernel lives here."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -38,6 +40,11 @@ def gpu_generation(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Of the device of `x`; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def readable(x: Tensor) -> Tensor:
     """`x` (..., rows, channels) as the kernels read it: channels next to each other, offsets of a matrix in 32 bits."""
     near = (x.shape[-1] == 1 or x.stride(-1) == 1) and x.shape[-2] * x.stride(-2) < 2**31
@@ -47,6 +54,36 @@ def readable(x: Tensor) -> Tensor:
 def autocast_off(x: Tensor) -> torch.autocast:
     """Autocast reaches into custom ops and would round their fp32 matmuls to bf16."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+_switching = threading.RLock()
+
+
+@contextmanager
+def exact_products(x: Tensor) -> Iterator[None]:
+    """Inside, torch's own fp32 products on the device of `x` keep all their bits, whatever its switches say.
+
+    Those (`set_float32_matmul_precision`, `allow_tf32`, `fp32_precision`) make them TF32 on a GPU, TF32 or bf16 on a
+    CPU. They are the process's: one is touched only where it is on and acts on the dtype of `x`, by a thread at a time,
+    and put back. Torch reads it when it launches a product, so that a CUDA graph holds what was captured.
+    """
+    if x.dtype == torch.float64 or (x.is_cuda and x.dtype != torch.float32):
+        yield
+        return
+    # Setting goes through the newer of torch's two interfaces alone: what the older one reads is then as it was, after.
+    switch: Any = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _switching:
+        before = switch.fp32_precision
+        if before in ("none", "ieee"):
+            yield
+            return
+        switch.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            switch.fp32_precision = "none"  # to follow torch.backends.fp32_precision, if that is where it came from
+            if switch.fp32_precision != before:
+                switch.fp32_precision = before
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

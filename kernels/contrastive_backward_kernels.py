@@ -21,10 +21,9 @@ from torch import Tensor
 from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_kernels import as_kernels_read, underflows
-from .contrastive_logits import Logits
-from .contrastive_positives import Matches
+from .contrastive_logits import Logits, Wanted
 from .contrastive_positives_kernels import triton_finish
-from .contrastive_tile import column_offsets, padded_shape, products, same_ids, store_tile, tile_options
+from .contrastive_tile import column_offsets, padded_shape, products, same_ids, seldom_run, store_tile, tile_options
 
 # A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. Each block reads and writes the fp32 gradients of
 # its rows and columns: the fewer, the better.
@@ -99,11 +98,53 @@ def _contrastive_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of a block of G; ONLINE, which takes an exp more, only if `unsafe`, and else only if not."""
+    """A tile of a block of G, if not `unsafe`; if it is, ONLINE, all tiles by few programs, with an exp more each."""
     if KIND != "sigmoid" and (tl.load(unsafe_ptr) != 0) != ONLINE:
         return
-    tile_row = first_row + tl.program_id(0) * BLOCK_R
-    tile_col = first_col + tl.program_id(1) * BLOCK_C
+    tensors = (image_ptr, text_ptr, scale_ptr, bias_ptr, row_code_ptr, col_code_ptr)
+    others = (row_stat_ptr, col_stat_ptr, shift_ptr, block_ptr, sums_ptr)
+    strides = (image_stride, text_stride, block_stride)
+    place = (first_row, first_col, last_row, last_col, num_rows, num_cols, dim, offset)
+    if ONLINE:
+        tiles = tl.cdiv(last_row - first_row, BLOCK_R)
+        for piece in range(tl.program_id(0), tiles * tl.cdiv(last_col - first_col, BLOCK_C), tl.num_programs(0)):
+            _gradient_tile(
+                piece % tiles, piece // tiles, tensors, others, strides, place,
+                KIND, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+    else:
+        _gradient_tile(
+            tl.program_id(0), tl.program_id(1), tensors, others, strides, place,
+            KIND, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gradient_tile(
+    row_tile,
+    col_tile,
+    tensors,
+    others,
+    strides,
+    place,
+    KIND: tl.constexpr,
+    ONLINE: tl.constexpr,
+    MATCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What `_contrastive_bwd_kernel` does for one tile."""
+    image_ptr, text_ptr, scale_ptr, bias_ptr, row_code_ptr, col_code_ptr = tensors
+    row_stat_ptr, col_stat_ptr, shift_ptr, block_ptr, sums_ptr = others
+    image_stride, text_stride, block_stride = strides
+    first_row, first_col, last_row, last_col, num_rows, num_cols, dim, offset = place
+    tile_row = first_row + row_tile * BLOCK_R
+    tile_col = first_col + col_tile * BLOCK_C
     row = tile_row + tl.arange(0, BLOCK_R)
     left, right = products(
         image_ptr,
@@ -147,7 +188,7 @@ def _contrastive_bwd_kernel(
         gradient = _no_positives(gradient, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
         if SUMS:
             sums = tl.sum(tl.where((row < last_row)[:, None], gradient, 0.0), 0)
-            at = sums_ptr + tl.program_id(0).to(tl.int64) * width + (col - first_col)
+            at = sums_ptr + tl.cast(row_tile, tl.int64) * width + (col - first_col)
             tl.store(at, sums, mask=col < last_col)
         store_tile(block_ptr, block_stride, tile_row - first_row, half_col - first_col, gradient * FACTOR)
 
@@ -204,33 +245,34 @@ def triton_gradients(
     col_stat: Tensor,
     kept: Tensor | None,
     factor: Tensor,
-    text_grad: bool,
-    bias_grad: bool,
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_gradients`."""
     dim = logits.image.shape[1]
-    logits, matches = as_kernels_read(logits)
+    logits = as_kernels_read(logits)
     image, text = logits.image, logits.text
-    image_sum = image.new_zeros(image.shape, dtype=torch.float32)
-    text_sum = text.new_zeros(text.shape, dtype=torch.float32) if text_grad else None
-    col_sum = text.new_zeros((text.shape[0],), dtype=torch.float32) if bias_grad else None
+    image_sum = image.new_zeros(image.shape, dtype=torch.float32) if wanted.from_rows else None
+    text_sum = text.new_zeros(text.shape, dtype=torch.float32) if wanted.text else None
+    col_sum = text.new_zeros((text.shape[0],), dtype=torch.float32) if wanted.bias else None
     if image.shape[0] and text.shape[0]:
         unsafe = None if logits.kind == "sigmoid" else underflows(logits, row_stat, col_stat)
         for rows, cols in _blocks(image, text):
-            block, sums = _gradient_block(
-                logits, matches, row_stat, col_stat, unsafe, kept, rows, cols, bias_grad=bias_grad
-            )
-            _accumulate(image_sum[rows], block, text[cols])
+            block, sums = _gradient_block(logits, row_stat, col_stat, unsafe, kept, rows, cols, bias_grad=wanted.bias)
+            if image_sum is not None:
+                _accumulate(image_sum[rows], block, text[cols])
             if text_sum is not None:
                 _accumulate(text_sum[cols], block.T, image[rows])
             if col_sum is not None:
                 col_sum[cols] += sums.sum(0)
             del block, sums  # else both live on while the next block is made: another GiB
-    problem = (logits, matches, row_stat, col_stat, factor, dim)
-    image_grad, dots, _ = triton_finish(*problem, image_sum, None, rows=True)
-    # Empty where neither is asked for: nothing is launched then.
-    text_out, _, bias_out = triton_finish(*problem, text_sum, col_sum, rows=False)
-    return image_grad, text_out, dots.sum() * factor, bias_out
+    problem = (logits, row_stat, col_stat, factor, dim)
+    # Empty where nothing is asked for: nothing is launched then. One side's dots are enough.
+    image_grad, row_dots, _ = triton_finish(*problem, image_sum, None, rows=True, dots=wanted.scale)
+    text_grad, col_dots, bias_grad = triton_finish(
+        *problem, text_sum, col_sum, rows=False, dots=wanted.scale and not wanted.from_rows
+    )
+    dots = row_dots if wanted.from_rows else col_dots
+    return image_grad[: None if wanted.image else 0], text_grad, dots.sum() * factor, bias_grad
 
 
 def _blocks(image: Tensor, text: Tensor) -> list[tuple[slice, slice]]:
@@ -247,7 +289,6 @@ def _blocks(image: Tensor, text: Tensor) -> list[tuple[slice, slice]]:
 
 def _gradient_block(
     logits: Logits,
-    matches: Matches | None,
     row_stat: Tensor,
     col_stat: Tensor,
     unsafe: Tensor | None,
@@ -263,10 +304,9 @@ def _gradient_block(
     block = image.new_empty(padded_shape(height, width))[:height, :width]
     # Zeros: one of two kernels writes, and their tiles differ.
     sums = image.new_zeros((triton.cdiv(height, _LEAST_HEIGHT) if bias_grad else 0, width), dtype=torch.float32)
-    codes = (None, None) if matches is None else (matches.row_code, matches.col_code)
-    tensors = (*codes, row_stat, col_stat, logits.shift, unsafe, block, sums)
+    tensors = (*logits.codes, row_stat, col_stat, logits.shift, unsafe, block, sums)
     place = (rows.start, cols.start, rows.stop, cols.stop, image.shape[0], text.shape[0])
-    choices = {"KIND": kind, "MATCH": matches is not None, "SUMS": bias_grad}
+    choices = {"KIND": kind, "MATCH": logits.matches is not None, "SUMS": bias_grad}
     with on_device_of(image):
         if kept is not None:
             _contrastive_rescale_kernel[_grid(height, width, _RESCALE)](
@@ -274,7 +314,8 @@ def _gradient_block(
             )
         for online in _forms(kind, kept is not None):
             options = _options(image.dtype, gpu_generation(image), kind, logits.bias is not None, online)
-            _contrastive_bwd_kernel[_grid(height, width, options)](
+            grid = _grid(height, width, options)
+            _contrastive_bwd_kernel[seldom_run(image, grid[0] * grid[1]) if online else grid](
                 *(image, text, logits.scale, logits.bias, *tensors),
                 *(image.stride(0), text.stride(0), block.stride(0), *place, image.shape[1], logits.offset),
                 ONLINE=online,

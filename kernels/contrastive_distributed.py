@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._launch import accumulate_dtype
 from .contrastive_arguments import num_ranks
-from .contrastive_logits import Logits, magnitudes, safe_shift
+from .contrastive_logits import Logits, Wanted, magnitudes, safe_shift
 from .contrastive_ops import (
     contrastive_total,
     keeps_logits,
@@ -32,7 +32,7 @@ from .contrastive_ops import (
     pair_gradients,
     pair_statistics,
 )
-from .contrastive_positives import positive_weights
+from .contrastive_positives import find_matches, positive_weights
 from .contrastive_tile import padded_shape
 
 # torch 2.13 renamed it and warns at every call of the old name; 2.11 has only that.
@@ -65,10 +65,10 @@ def pair_loss(
             *(image, text, scale, bias, image_ids, text_ids, kind, mode, group, rows_per_rank, keep_bytes)
         )
         return share
-    ids = None if image_ids is None or text_ids is None else (image_ids, image_ids, text_ids)
-    weights = positive_weights(image, text.shape[0], ids, 0, kind, mode)
+    matches = None if image_ids is None or text_ids is None else find_matches(image_ids, text_ids, mode)
+    weights = positive_weights(image, text.shape[0], matches, 0, kind, mode)
     keep = keeps_logits(image, text.shape[0], kind, keep_bytes)
-    total = contrastive_total(image, text, scale, bias, image_ids, text_ids, *weights, kind, mode, keep)[0]
+    total = contrastive_total(image, text, scale, bias, *(matches or (None, None)), *weights, kind, mode, keep)[0]
     return total / _num_terms(image.shape[0], kind)
 
 
@@ -96,9 +96,12 @@ class RowExchange:
             self.image_counts = self.text_counts = list(rows_per_rank)
         if not sum(self.image_counts):
             raise ValueError("no rank passed a pair; pass at least one")
-        before = sum(self.text_counts[: self.rank])
-        self.own_texts = slice(before, before + self.text_counts[self.rank])
-        """Columns of the logits."""
+        self.own_images, self.own_texts = (self._own(counts) for counts in (self.image_counts, self.text_counts))
+        """This rank's rows and columns among those of all ranks."""
+
+    def _own(self, counts: list[int]) -> slice:
+        before = sum(counts[: self.rank])
+        return slice(before, before + counts[self.rank])
 
     def _exchange_counts(self, image: Tensor, text: Tensor) -> tuple[list[int], list[int]]:
         own = torch.tensor([image.shape[0], text.shape[0], text.shape[1]], device=image.device)
@@ -225,15 +228,20 @@ class _GroupShare(torch.autograd.Function):
         own, texts = exchange.own_texts, exchange.text_counts
         shift = safe_shift(exchange.largest(magnitudes(image, text, bias)), scale, kind)
         all_bias = None if bias is None else exchange.gather(bias, texts)
+        # Where columns share their target, they count the rows of all ranks; else this rank's are enough.
+        all_rows = kind == "both" and mode == "share"
         ids = None
         if image_ids is not None and text_ids is not None:
-            all_image_ids = exchange.gather(image_ids, exchange.image_counts) if kind == "both" else image_ids
-            ids = (image_ids, all_image_ids, exchange.gather(text_ids, texts))
+            row_ids = exchange.gather(image_ids, exchange.image_counts) if all_rows else image_ids
+            ids = row_ids, exchange.gather(text_ids, texts)
         arriving = exchange.start_gather(text, texts)
-        row_ids, col_ids = (None, None) if ids is None else (ids[0], ids[2])
-        weights = positive_weights(image, sum(texts), ids, own.start, kind, mode)
+        matches = None if ids is None else find_matches(*ids, mode)
+        row_weight, col_weight = positive_weights(image, sum(texts), matches, 0 if all_rows else own.start, kind, mode)
+        if all_rows and matches is not None:
+            row_weight, matches = row_weight[exchange.own_images], matches.of_rows(exchange.own_images)
+        row_match, col_match = matches or (None, None)
         logits = Logits(
-            *(image, arriving.rows, scale, all_bias, row_ids, col_ids, *weights, shift),
+            *(image, arriving.rows, scale, all_bias, row_match, col_match, row_weight, col_weight, shift),
             *(own.start, kind, mode),
         )
         kept = _new_kept(image, sum(texts), own, kind, keep_bytes)
@@ -250,15 +258,14 @@ class _GroupShare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, text, scale, bias, *_ = ctx.saved_tensors
-        needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+        wanted = Wanted(*ctx.needs_input_grad[:4])
         image_grad, text_grad, scale_grad, bias_grad = pair_gradients(
-            *ctx.saved_tensors,
-            *(grad * ctx.factor, ctx.exchange.own_texts.start, ctx.kind, ctx.mode, needs_text, needs_bias),
+            *(*ctx.saved_tensors, grad * ctx.factor, ctx.exchange.own_texts.start, ctx.kind, ctx.mode, *wanted)
         )
         return (
-            image_grad if needs_image else None,
-            ctx.exchange.sum_texts(text_grad).to(text.dtype) if needs_text else None,
-            scale_grad.to(scale.dtype).reshape(scale.shape) if needs_scale else None,
-            ctx.exchange.sum_texts(bias_grad).to(bias.dtype) if needs_bias else None,
+            image_grad if wanted.image else None,
+            ctx.exchange.sum_texts(text_grad).to(text.dtype) if wanted.text else None,
+            scale_grad.to(scale.dtype).reshape(scale.shape) if wanted.scale else None,
+            ctx.exchange.sum_texts(bias_grad).to(bias.dtype) if wanted.bias else None,
             *(None,) * 7,
         )

@@ -7,8 +7,8 @@ the caller keeps exp(s - shift) in bf16 for the backward.
 
 One exp serves rows and columns because all share one shift. Where that makes a sum underflow (all cosines of a row
 near -1 at a scale near 100), a flag on the device lets a second pass run that shifts by each row's and column's own
-maximum; else its programs return at once, and the host never waits. Equations, letters and arguments are those of
-contrastive_ops.py.
+maximum; else its programs, a few a multiprocessor, return at once. The host never waits. Equations, letters and
+arguments are those of contrastive_ops.py.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,8 @@ from torch import Tensor
 from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_logits import Logits
-from .contrastive_positives import Matches, find_matches
 from .contrastive_positives_kernels import triton_target
-from .contrastive_tile import column_offsets, products, same_ids, store_tile, tile_options, whole_tiles
+from .contrastive_tile import column_offsets, products, same_ids, seldom_run, store_tile, tile_options, whole_tiles
 
 # Numbers in the buffer of column sums, one for every tile of rows and column: 128 MiB, whatever the batch.
 _PANEL_NUMBERS = 2**25
@@ -71,12 +70,49 @@ def _contrastive_fwd_kernel(
 ):
     """One program: BLOCK_R rows against the `span` columns of one span, a tile of BLOCK_C columns at a time.
 
-    Writes sums of exp(s - shift), or of softplus(s) for KIND "sigmoid"; with ONLINE, if `unsafe`, their logarithms.
+    Writes sums of exp(s - shift), or of softplus(s) for KIND "sigmoid". With ONLINE it writes their logarithms, if
+    `unsafe`, and programs go through all of the panel, however few they are.
     """
-    if ONLINE and tl.load(unsafe_ptr) == 0:
-        return
-    tile = tl.program_id(0)
-    span_index = tl.program_id(1)
+    tensors = (image_ptr, text_ptr, scale_ptr, bias_ptr, row_code_ptr, col_code_ptr, shift_ptr)
+    results = (row_part_ptr, col_part_ptr, kept_ptr)
+    sizes = (image_stride, text_stride, kept_stride, first_row, panel_rows, num_rows, num_cols, dim, offset, span)
+    if ONLINE:
+        if tl.load(unsafe_ptr) == 0:
+            return
+        tiles = tl.minimum(panel_rows // BLOCK_R, tl.cdiv(num_rows - first_row, BLOCK_R))
+        for piece in range(tl.program_id(0), tiles * tl.cdiv(num_cols, span), tl.num_programs(0)):
+            _span_sums(
+                piece % tiles, piece // tiles, tensors, results, sizes,
+                KIND, ONLINE, MASKED, HAS_BIAS, KEEP, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+    else:
+        _span_sums(
+            tl.program_id(0), tl.program_id(1), tensors, results, sizes,
+            KIND, ONLINE, MASKED, HAS_BIAS, KEEP, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _span_sums(
+    tile,
+    span_index,
+    tensors,
+    results,
+    sizes,
+    KIND: tl.constexpr,
+    ONLINE: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What `_contrastive_fwd_kernel` does for one tile of rows and one span."""
+    image_ptr, text_ptr, scale_ptr, bias_ptr, row_code_ptr, col_code_ptr, shift_ptr = tensors
+    row_part_ptr, col_part_ptr, kept_ptr = results
+    image_stride, text_stride, kept_stride, first_row, panel_rows, num_rows, num_cols, dim, offset, span = sizes
     tile_row = first_row + tile * BLOCK_R
     row = tile_row + tl.arange(0, BLOCK_R)
     factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
@@ -113,7 +149,7 @@ def _contrastive_fwd_kernel(
                 same = same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols)
                 counted = counted & (~same | ((row + offset)[:, None] == col[None, :]))
             x = tl.where(counted, x, float("-inf"))
-            col_part_at = col_part_ptr + tile.to(tl.int64) * num_cols + col
+            col_part_at = col_part_ptr + tl.cast(tile, tl.int64) * num_cols + col
             if ONLINE:
                 new_largest = tl.maximum(largest, tl.max(x, 1))
                 total = total * tl.exp2(largest - _finite(new_largest))
@@ -135,7 +171,7 @@ def _contrastive_fwd_kernel(
                     store_tile(kept_ptr, kept_stride, tile_row, first_col, e)
     if ONLINE:
         total = _log_of_sum(_finite(largest) / LOG2E + shift, total)
-    at = row_part_ptr + span_index.to(tl.int64) * panel_rows + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = row_part_ptr + tl.cast(span_index, tl.int64) * panel_rows + tile * BLOCK_R + tl.arange(0, BLOCK_R)
     tl.store(at, total, mask=row < num_rows)
 
 
@@ -170,11 +206,23 @@ def _contrastive_sums_kernel(
     """out = the parts of each of `count` sums added up in order, and the sum so far where `append` is not 0.
 
     FORM "sum" adds numbers up; "shifted" makes the logarithm of sums of exp(s - shift); "online" takes logarithms, if
-    `unsafe`, and leaves `out` alone if not.
+    `unsafe`, by however few programs, and leaves `out` alone if not.
     """
-    if FORM == "online" and tl.load(unsafe_ptr) == 0:
-        return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    arguments = (part_ptr, out_ptr, shift_ptr, parts, stride, count, append)
+    if FORM == "online":
+        if tl.load(unsafe_ptr) == 0:
+            return
+        for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            _block_of_sums(block, arguments, FORM, PARTS, BLOCK)
+    else:
+        _block_of_sums(tl.program_id(0), arguments, FORM, PARTS, BLOCK)
+
+
+@triton.jit
+def _block_of_sums(block, arguments, FORM: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """What `_contrastive_sums_kernel` does for BLOCK of the sums."""
+    part_ptr, out_ptr, shift_ptr, parts, stride, count, append = arguments
+    at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     # Some parts at a time: one by one, the loop would wait for memory as often as there are parts.
     some = tl.arange(0, PARTS)
@@ -215,15 +263,14 @@ def _log_of_sum(shift, total):
     return tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
-def as_kernels_read(logits: Logits) -> tuple[Logits, Matches | None]:
-    """The same logits with features in whole tiles and a contiguous bias, and where equal ids stand."""
-    bias, row_ids, col_ids = logits.bias, logits.row_ids, logits.col_ids
-    tiled = logits._replace(
+def as_kernels_read(logits: Logits) -> Logits:
+    """The same logits with features in whole tiles and a contiguous bias."""
+    bias = logits.bias
+    return logits._replace(
         image=whole_tiles(logits.image),
         text=whole_tiles(logits.text),
         bias=None if bias is None else bias.contiguous(),
     )
-    return tiled, None if row_ids is None or col_ids is None else find_matches(row_ids, col_ids)
 
 
 def triton_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,11 +281,11 @@ def triton_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tens
     col_stat = logits.image.new_full((num_cols if kind == "both" else 0,), nothing, dtype=torch.float32)
     if num_rows == 0 or num_cols == 0:
         return row_stat, col_stat, torch.zeros_like(row_stat)
-    logits, matches = as_kernels_read(logits)
-    _add_up(logits, matches, row_stat, col_stat, kept, None)
+    logits = as_kernels_read(logits)
+    _add_up(logits, row_stat, col_stat, kept, None)
     if kind != "sigmoid":
-        _add_up(logits, matches, row_stat, col_stat, None, underflows(logits, row_stat, col_stat))
-    return row_stat, col_stat, triton_target(logits, matches)
+        _add_up(logits, row_stat, col_stat, None, underflows(logits, row_stat, col_stat))
+    return row_stat, col_stat, triton_target(logits)
 
 
 def underflows(logits: Logits, row_stat: Tensor, col_stat: Tensor) -> Tensor:
@@ -247,14 +294,7 @@ def underflows(logits: Logits, row_stat: Tensor, col_stat: Tensor) -> Tensor:
     return (least < logits.shift - UNDERFLOW).to(torch.int32)
 
 
-def _add_up(
-    logits: Logits,
-    matches: Matches | None,
-    row_stat: Tensor,
-    col_stat: Tensor,
-    kept: Tensor | None,
-    unsafe: Tensor | None,
-) -> None:
+def _add_up(logits: Logits, row_stat: Tensor, col_stat: Tensor, kept: Tensor | None, unsafe: Tensor | None) -> None:
     """Fill row_stat (R,), col_stat (C,) and `kept`; with `unsafe` only if it holds, shifting by maxima."""
     image, text, kind, online = logits.image, logits.text, logits.kind, unsafe is not None
     (num_rows, dim), num_cols = image.shape, text.shape[0]
@@ -270,14 +310,15 @@ def _add_up(
     num_spans, panel_rows = triton.cdiv(num_cols, span), panel * block_r
     row_part = image.new_empty((num_spans, panel_rows), dtype=torch.float32)
     col_part = image.new_empty((panel if kind == "both" else 0, num_cols), dtype=torch.float32)
-    codes = (None, None) if matches is None else (matches.row_code, matches.col_code)
     strides = (image.stride(0), text.stride(0), 0 if kept is None else kept.stride(0))
     form = "sum" if kind == "sigmoid" else "online" if online else "shifted"
     for first in range(0, row_tiles, panel):
         tiles = min(panel, row_tiles - first)
+        grid = seldom_run(image, tiles * num_spans) if online else (tiles, num_spans)
         with on_device_of(image):
-            _contrastive_fwd_kernel[(tiles, num_spans)](
-                *(image, text, logits.scale, logits.bias, *codes, logits.shift, unsafe, row_part, col_part, kept),
+            _contrastive_fwd_kernel[grid](
+                *(image, text, logits.scale, logits.bias, *logits.codes, logits.shift, unsafe),
+                *(row_part, col_part, kept),
                 *(*strides, first * block_r, panel_rows, num_rows, num_cols, dim, logits.offset, span),
                 KIND=kind,
                 ONLINE=online,
@@ -300,8 +341,9 @@ def _options(
 
 
 def _sums(part: Tensor, out: Tensor, parts: int, shift: Tensor, unsafe: Tensor | None, append: int, form: str) -> None:
+    blocks = triton.cdiv(len(out), _SUMS["BLOCK"])
     with on_device_of(out):
-        _contrastive_sums_kernel[(triton.cdiv(len(out), _SUMS["BLOCK"]),)](
+        _contrastive_sums_kernel[seldom_run(out, blocks) if form == "online" else (blocks,)](
             part, out, shift, unsafe, parts, part.stride(0), len(out), append, FORM=form, **_SUMS
         )
 

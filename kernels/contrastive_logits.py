@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._launch import accumulate_dtype
+from .contrastive_positives import CODE, Matches
 
 # exp(s - shift) may not overflow in fp32, nor a sum of millions of them: 2^20 times exp(64) is exp(78), of exp(88).
 _LARGEST_EXPONENT = 64.0
@@ -27,10 +28,9 @@ class Logits(NamedTuple):
     """One element."""
     bias: Tensor | None
     """(C,)."""
-    row_ids: Tensor | None
-    """(R,) int64; None with mode "diagonal"."""
-    col_ids: Tensor | None
-    """(C,) int64."""
+    row_match: Tensor | None
+    """Of `Matches`, as is `col_match`; None with mode "diagonal"."""
+    col_match: Tensor | None
     row_weight: Tensor
     """(R,) from `positive_weights`: the label Y_ij of a positive is row_weight_i + col_weight_j."""
     col_weight: Tensor
@@ -45,15 +45,41 @@ class Logits(NamedTuple):
     """What equal ids mean: "diagonal" (there are none), "share" (they are positives), "mask" (equal ids off the pair
     count nowhere)."""
 
+    @property
+    def matches(self) -> Matches | None:
+        """Where equal ids stand."""
+        return None if self.row_match is None or self.col_match is None else Matches(self.row_match, self.col_match)
+
+    @property
+    def codes(self) -> tuple[Tensor | None, Tensor | None]:
+        """(R,) and (C,), equal where ids are; None without ids."""
+        return (None, None) if self.matches is None else (self.matches.rows[CODE], self.matches.cols[CODE])
+
     def of_columns(self, columns: slice, text: Tensor, offset: int) -> "Logits":
         """The logits of some columns, `text` of which is given. offset: as of these columns alone."""
+        row_match, col_match = (None, None) if self.matches is None else self.matches.of_columns(columns)
         return self._replace(
             text=text,
             bias=None if self.bias is None else self.bias[columns],
-            col_ids=None if self.col_ids is None else self.col_ids[columns],
+            row_match=row_match,
+            col_match=col_match,
             col_weight=self.col_weight[columns],
             offset=offset,
         )
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the total are asked for. What none of them needs is not computed."""
+
+    image: bool
+    text: bool
+    scale: bool
+    bias: bool
+
+    @property
+    def from_rows(self) -> bool:
+        """Whether G T is needed: for the images, or, where the texts want nothing, for the scale."""
+        return self.image or (self.scale and not self.text)
 
 
 def magnitudes(image: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:

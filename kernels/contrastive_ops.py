@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launch import accumulate_dtype, autocast_off, launches_triton
+from ._launch import accumulate_dtype, autocast_off, exact_products, launches_triton
 from .contrastive_backward_kernels import triton_gradients
 from .contrastive_kernels import triton_statistics
-from .contrastive_logits import Logits, magnitudes, safe_shift
+from .contrastive_logits import Logits, Wanted, magnitudes, safe_shift
 from .contrastive_plain import plain_gradients, plain_statistics
 from .contrastive_tile import padded_shape
 
@@ -45,7 +45,7 @@ def pair_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor
     image, scale = logits.image, logits.scale
     if image.device.type == "cpu" and not torch.isfinite(scale).all():
         raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
-    with torch.no_grad(), autocast_off(image):
+    with torch.no_grad(), autocast_off(image), exact_products(image):
         return triton_statistics(logits, kept) if launches_triton(image) else plain_statistics(logits)
 
 
@@ -61,8 +61,8 @@ def contrastive_total(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
+    row_match: Tensor | None,
+    col_match: Tensor | None,
     row_weight: Tensor,
     col_weight: Tensor,
     kind: str,
@@ -75,7 +75,7 @@ def contrastive_total(
     """
     shift = safe_shift(magnitudes(image, text, bias), scale, kind)
     kept = _new_kept(image, text, keep)
-    logits = Logits(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift, 0, kind, mode)
+    logits = Logits(image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, 0, kind, mode)
     row_stat, col_stat, target = pair_statistics(logits, kept if keep else None)
     return loss_terms(row_stat, col_stat, target, kind).sum(), row_stat, col_stat, shift, kept
 
@@ -86,7 +86,7 @@ def _new_kept(image: Tensor, text: Tensor, keep: bool) -> Tensor:
 
 
 @contrastive_total.register_fake
-def _(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, kind, mode, keep):
+def _(image, text, scale, bias, row_match, col_match, row_weight, col_weight, kind, mode, keep):
     compute = accumulate_dtype(image.dtype)
     return (
         image.new_empty((), dtype=compute),
@@ -103,8 +103,8 @@ def pair_gradients(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
+    row_match: Tensor | None,
+    col_match: Tensor | None,
     row_weight: Tensor,
     col_weight: Tensor,
     row_stat: Tensor,
@@ -115,29 +115,33 @@ def pair_gradients(
     offset: int,
     kind: str,
     mode: str,
+    image_grad: bool,
     text_grad: bool,
+    scale_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return factor times the gradients of the total: image (R, D), text (C, D), scale () and bias (C,).
 
-    The first two are in the features' dtype, the others in the statistics'. text and bias have no rows unless asked
-    for. factor (): the gradient of the total. col_stat may cover more rows than `image` has (the rows of all ranks).
+    The first two are in the features' dtype, the others in the statistics'. What is not asked for has no rows, the
+    scale's is 0, and the products for it are left out. factor (): the gradient of the total. col_stat may cover more
+    rows than `image` has (the rows of all ranks).
     """
-    logits = Logits(image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, shift, offset, kind, mode)
-    with autocast_off(image):
+    logits = Logits(image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, offset, kind, mode)
+    wanted = Wanted(image_grad, text_grad, scale_grad, bias_grad)
+    with autocast_off(image), exact_products(image):
         if launches_triton(image):
-            return triton_gradients(logits, row_stat, col_stat, kept, factor, text_grad, bias_grad)
-        return plain_gradients(logits, row_stat, col_stat, factor, text_grad, bias_grad)
+            return triton_gradients(logits, row_stat, col_stat, kept, factor, wanted)
+        return plain_gradients(logits, row_stat, col_stat, factor, wanted)
 
 
 @pair_gradients.register_fake
 def _(
-    image, text, scale, bias, row_ids, col_ids, row_weight, col_weight, row_stat, col_stat, shift, kept, factor,
-    offset, kind, mode, text_grad, bias_grad,
+    image, text, scale, bias, row_match, col_match, row_weight, col_weight, row_stat, col_stat, shift, kept, factor,
+    offset, kind, mode, image_grad, text_grad, scale_grad, bias_grad,
 ):  # fmt: skip
     compute = accumulate_dtype(image.dtype)
     return (
-        image.new_empty(image.shape),
+        image.new_empty((image.shape[0] if image_grad else 0, image.shape[1])),
         text.new_empty((text.shape[0] if text_grad else 0, text.shape[1])),
         image.new_empty((), dtype=compute),
         text.new_empty((text.shape[0] if bias_grad else 0,), dtype=compute),
@@ -146,21 +150,26 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.kind, ctx.mode, ctx.keep = inputs
+    # Else autograd makes a zero gradient for every other output: for `kept` 2 GiB at B = 32768, in each backward.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
     *arguments, kept = ctx.saved_tensors
     scale, bias = arguments[2:4]
-    needs_image, needs_text, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    wanted = Wanted(*ctx.needs_input_grad[:4])
     image_grad, text_grad, scale_grad, bias_grad = pair_gradients(
-        *arguments, kept if ctx.keep else None, grad, 0, ctx.kind, ctx.mode, needs_text, needs_bias
+        *arguments, kept if ctx.keep else None, grad, 0, ctx.kind, ctx.mode, *wanted
     )
     return (
-        image_grad if needs_image else None,
-        text_grad if needs_text else None,
-        scale_grad.to(scale.dtype).reshape(scale.shape) if needs_scale else None,
-        bias_grad.to(bias.dtype) if needs_bias else None,
+        image_grad if wanted.image else None,
+        text_grad if wanted.text else None,
+        scale_grad.to(scale.dtype).reshape(scale.shape) if wanted.scale else None,
+        bias_grad.to(bias.dtype) if wanted.bias else None,
         *(None,) * 7,
     )
 

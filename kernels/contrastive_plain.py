@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import accumulate_dtype
-from .contrastive_logits import Logits
+from .contrastive_logits import Logits, Wanted
 
 # Side of a square tile of logits. 1024 x 1024 fp32 are 4 MiB: they stay in a CPU's cache between the passes.
 _TILE = 1024
@@ -38,27 +38,33 @@ def plain_statistics(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_gradients(
-    logits: Logits, row_stat: Tensor, col_stat: Tensor, factor: Tensor, text_grad: bool, bias_grad: bool
+    logits: Logits, row_stat: Tensor, col_stat: Tensor, factor: Tensor, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_gradients`."""
     image, text, kind = logits.image, logits.text, logits.kind
     compute = accumulate_dtype(image.dtype)
-    image_out = image.new_zeros(image.shape, dtype=compute)
-    text_out = text.new_zeros((text.shape[0] if text_grad else 0, text.shape[1]), dtype=compute)
-    bias_out = text.new_zeros((text.shape[0] if bias_grad else 0,), dtype=compute)
+    image_out = image.new_zeros((image.shape[0] if wanted.from_rows else 0, image.shape[1]), dtype=compute)
+    text_out = text.new_zeros((text.shape[0] if wanted.text else 0, text.shape[1]), dtype=compute)
+    bias_out = text.new_zeros((text.shape[0] if wanted.bias else 0,), dtype=compute)
     for rows, cols, s, positive in _tiles(logits):
         grad = s.sigmoid() if kind == "sigmoid" else (s - row_stat[rows, None]).exp_()
         if kind == "both":
             grad += s.sub_(col_stat[cols]).exp_()
         if positive is not None:
             grad -= (logits.row_weight[rows, None] + logits.col_weight[cols]).masked_fill_(~positive, 0.0)
-        image_out[rows].addmm_(grad, text[cols].to(compute))
-        if text_grad:
+        if wanted.from_rows:
+            image_out[rows].addmm_(grad, text[cols].to(compute))
+        if wanted.text:
             text_out[cols].addmm_(grad.T, image[rows].to(compute))
-        if bias_grad:
+        if wanted.bias:
             bias_out[cols] += grad.sum(0)
-    # sum_ij G_ij <I_i, T_j> = sum_i <I_i, (G T)_i>
-    scale_grad = torch.linalg.vecdot(image.to(compute), image_out).sum() * factor
+    scale_grad = image.new_zeros((), dtype=compute)
+    if wanted.scale:
+        # sum_ij G_ij <I_i, T_j> = sum_i <I_i, (G T)_i> = sum_j <T_j, (G^T I)_j>
+        own, products = (image, image_out) if wanted.from_rows else (text, text_out)
+        scale_grad = torch.linalg.vecdot(own.to(compute), products).sum() * factor
+    if not wanted.image:
+        image_out = image_out[:0]
     step = logits.scale.to(compute).reshape(()) * factor
     features = image_out.mul_(step).to(image.dtype), text_out.mul_(step).to(text.dtype)
     return *features, scale_grad, bias_out.mul_(factor)
@@ -72,6 +78,7 @@ def _tiles(logits: Logits) -> Iterator[tuple[slice, slice, Tensor, Tensor | None
     image, text, offset = logits.image, logits.text, logits.offset
     compute = accumulate_dtype(image.dtype)
     num_rows, num_cols = image.shape[0], text.shape[0]
+    row_code, col_code = logits.codes
     row_index = torch.arange(num_rows, device=image.device) + offset
     col_index = torch.arange(num_cols, device=image.device)
     for r in range(0, num_rows, _TILE):
@@ -86,8 +93,8 @@ def _tiles(logits: Logits) -> Iterator[tuple[slice, slice, Tensor, Tensor | None
             positive = None
             if rows.start + offset < cols.stop and cols.start < rows.stop + offset:
                 positive = row_index[rows, None] == col_index[cols]
-            if logits.row_ids is not None and logits.col_ids is not None:
-                same = logits.row_ids[rows, None] == logits.col_ids[cols]
+            if row_code is not None and col_code is not None:
+                same = row_code[rows, None] == col_code[cols]
                 if logits.mode == "mask":
                     s.masked_fill_(same if positive is None else same & ~positive, -torch.inf)
                 else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._launch import LOG2E, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_logits import Logits
-from .contrastive_positives import Matches
+from .contrastive_positives import CODE, END, ORDER, START
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _contrastive_finish_kernel(
     row_stat_ptr,
     col_stat_ptr,
     grad_ptr,  # (n, D)
-    dot_ptr,  # (n,) <own, G other>, for rows
+    dot_ptr,  # (n,) <own, G other>, of one side
     bias_grad_ptr,  # (n,), for columns
     own_stride,
     other_stride,
@@ -119,6 +119,7 @@ def _contrastive_finish_kernel(
     SHARE: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
+    DOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,7 +165,7 @@ def _contrastive_finish_kernel(
     if FEATURES:
         grad_at = grad_ptr + own_index.to(tl.int64) * dim + d
         tl.store(grad_at, (total * (scale * factor)).to(grad_ptr.dtype.element_ty), mask=d_in)
-    if ROWS:
+    if DOTS:
         tl.store(dot_ptr + own_index, tl.sum(own * total, 0))
     if BIAS_GRAD:
         tl.store(bias_grad_ptr + own_index, bias_grad * factor)
@@ -176,14 +177,14 @@ def _row_options(dim: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": max(1, min(8, block // 512))}
 
 
-def triton_target(logits: Logits, matches: Matches | None) -> Tensor:
+def triton_target(logits: Logits) -> Tensor:
     """target (R,) of `pair_statistics`."""
     image, text, share = logits.image, logits.text, logits.mode == "share"
     target = torch.empty_like(logits.row_weight)
     with on_device_of(image):
         _contrastive_target_kernel[(image.shape[0],)](
             *(image, text, logits.scale, logits.bias),
-            *(_code_and_ranges(matches, rows=True) if share else (None,) * 5),
+            *_code_and_ranges(logits, rows=True),
             *(logits.row_weight, logits.col_weight, target),
             *(image.stride(0), text.stride(0), *text.shape, logits.offset),
             SHARE=share,
@@ -195,7 +196,6 @@ def triton_target(logits: Logits, matches: Matches | None) -> Tensor:
 
 def triton_finish(
     logits: Logits,
-    matches: Matches | None,
     row_stat: Tensor,
     col_stat: Tensor,
     factor: Tensor,
@@ -204,45 +204,51 @@ def triton_finish(
     sums: Tensor | None,
     *,
     rows: bool,
+    dots: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the images (`rows`) or of the texts, with the positives added to the sums over all others.
 
     dim: D, beyond which features are padding. products: (n, >= D) fp32, G times the other tower, or None where features
     want no gradient. sums: (n,) fp32, of G, or None where the bias wants none. Returns the features' gradient (n, D)
-    (empty without `products`), <own, G other> (n,) (rows only, else empty) and the bias's gradient (n,) (empty without
-    `sums`).
+    (empty without `products`), <own, G other> (n,) (empty without `products` and `dots`) and the bias's gradient (n,)
+    (empty without `sums`).
     """
     own, other = (logits.image, logits.text) if rows else (logits.text, logits.image)
     count, share = own.shape[0], logits.mode == "share"
     grad = own.new_empty((count if products is not None else 0, dim))
-    dots = own.new_empty((count if rows else 0,), dtype=torch.float32)
+    dots = dots and products is not None
+    dot = own.new_empty((count if dots else 0,), dtype=torch.float32)
     bias_grad = own.new_empty((count if sums is not None else 0,), dtype=torch.float32)
     if count == 0 or (products is None and sums is None):
-        return grad, dots, bias_grad
+        return grad, dot, bias_grad
     with on_device_of(own):
         _contrastive_finish_kernel[(count,)](
             *(own, other, products, sums, logits.scale, logits.bias, factor),
-            *(_code_and_ranges(matches, rows=rows) if share else (None,) * 5),
-            *(logits.row_weight, logits.col_weight, row_stat, col_stat, grad, dots, bias_grad),
+            *_code_and_ranges(logits, rows=rows),
+            *(logits.row_weight, logits.col_weight, row_stat, col_stat, grad, dot, bias_grad),
             *(own.stride(0), other.stride(0), 0 if products is None else products.stride(0)),
             *(len(other), dim, logits.offset if rows else -logits.offset),
             KIND=logits.kind,
             SHARE=share,
             ROWS=rows,
             FEATURES=products is not None,
+            DOTS=dots,
             HAS_BIAS=logits.bias is not None,
             BIAS_GRAD=sums is not None,
             **_row_options(dim),
         )
-    return grad, dots, bias_grad
+    return grad, dot, bias_grad
 
 
-def _code_and_ranges(matches: Matches | None, *, rows: bool) -> tuple[Any, ...]:
-    """Codes of this side and of the other, first and last match of each, and the order that these count in."""
-    assert matches is not None
-    if rows:
-        return matches.row_code, matches.col_code, matches.row_start, matches.row_end, matches.col_order
-    return matches.col_code, matches.row_code, matches.col_start, matches.col_end, matches.row_order
+def _code_and_ranges(logits: Logits, *, rows: bool) -> tuple[Tensor | None, ...]:
+    """Codes of this side and of the other, first and last match of each, and the order that these count in.
+
+    None unless positives are shared: else pairs alone are.
+    """
+    if logits.matches is None or logits.mode != "share":
+        return (None,) * 5
+    own, other = logits.matches if rows else reversed(logits.matches)
+    return own[CODE], other[CODE], own[START], own[END], other[ORDER]
 
 
 def compile_cases() -> Iterator[Case]:
@@ -254,12 +260,12 @@ def compile_cases() -> Iterator[Case]:
         (torch.float32, 768, "rows", True, False),
     ):
         yield _target_case(dtype, dim, share, bias)
-        for rows in (True, False):
-            yield _finish_case(dtype, dim, kind, share, bias, rows)
+        for rows, dots in ((True, True), (False, False), (False, True)):
+            yield _finish_case(dtype, dim, kind, share, bias, rows, dots)
 
 
 def _match_pointers(*codes: str) -> dict[str, str]:
-    return dict.fromkeys((*codes, "start_ptr", "end_ptr"), "*i32") | {"order_ptr": "*i64"}
+    return dict.fromkeys((*codes, "start_ptr", "end_ptr", "order_ptr"), "*i32")
 
 
 def _row_case(
@@ -291,20 +297,22 @@ def _target_case(dtype: torch.dtype, dim: int, share: bool, bias: bool) -> Case:
     )
 
 
-def _finish_case(dtype: torch.dtype, dim: int, kind: str, share: bool, bias: bool, rows: bool) -> Case:
+def _finish_case(dtype: torch.dtype, dim: int, kind: str, share: bool, bias: bool, rows: bool, dots: bool) -> Case:
     pointers = dict.fromkeys(("own_ptr", "other_ptr", "grad_ptr"), pointer_to(dtype))
     numbers = ("products_ptr", "scale_ptr", "factor_ptr", "row_weight_ptr", "col_weight_ptr", "row_stat_ptr")
     pointers |= dict.fromkeys((*numbers, "col_stat_ptr", "dot_ptr", "bias_grad_ptr"), "*fp32")
     pointers |= {"bias_ptr": "*fp32", "sums_ptr": "*fp32"} if bias else {}
     pointers |= _match_pointers("own_code_ptr", "other_code_ptr") if share else {}
+    words = [kind, *(word for word, told in (("ids", share), ("bias", bias), ("scale", dots and not rows)) if told)]
     return _row_case(
-        f"finish {'images' if rows else 'texts'} {str(dtype)[6:]} D={dim} {kind}{' ids' * share}{' bias' * bias}",
+        f"finish {'images' if rows else 'texts'} {str(dtype)[6:]} D={dim} {' '.join(words)}",
         *(_contrastive_finish_kernel, dim, pointers),
         ("own_stride", "other_stride", "products_stride", "num_other", "dim", "offset"),
         KIND=kind,
         SHARE=share,
         ROWS=rows,
         FEATURES=True,
+        DOTS=dots,
         HAS_BIAS=bias,
         BIAS_GRAD=bias,
     )

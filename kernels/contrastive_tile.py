@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import LOG2E
+from ._launch import LOG2E, multiprocessors
 
 
 @triton.jit
@@ -93,6 +93,14 @@ def whole_tiles(features: Tensor) -> Tensor:
     return features if aligned and features.stride(0) < 2**23 else features.clone(memory_format=torch.contiguous_format)
 
 
+def seldom_run(x: Tensor, pieces: int) -> tuple[int]:
+    """Grid of a kernel whose programs mostly return at once, and else share `pieces` of work among them.
+
+    A program a piece would be 65,536 for nothing in a block of G. Of the largest such kernel 2 fit a multiprocessor.
+    """
+    return (min(pieces, 4 * multiprocessors(x)),)
+
+
 def padded_shape(rows: int, cols: int) -> tuple[int, int]:
     """Shape of memory for `store_tile`: whole tiles, so that no store needs a mask (which would cost registers)."""
     return triton.cdiv(rows, 128) * 128, triton.cdiv(cols, 256) * 256
@@ -114,7 +122,7 @@ def tile_options(dtype: torch.dtype, generation: int, *, small: bool = False, na
         return full | _ALL_REGISTERS
     half = {"PRECISION": "tf32", "BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
     if small:
-        return half | {"BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
+        return half | {"BLOCK_R": 64, "num_warps": 4, "num_stages": 3} | _ALL_REGISTERS
     if generation < 9:
         return half | {"BLOCK_D": 32}
     if generation > 9 or narrow:

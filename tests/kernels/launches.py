@@ -22,8 +22,8 @@ from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, con
 from eclip.kernels import slot_attention_backward_kernels as backward
 from eclip.kernels import slot_attention_kernels as forward
 from eclip.kernels.compile_check import SHARED_MEMORY
-from eclip.kernels.contrastive_logits import Logits
-from eclip.kernels.contrastive_positives import positive_weights
+from eclip.kernels.contrastive_logits import Logits, Wanted
+from eclip.kernels.contrastive_positives import find_matches, positive_weights
 
 # Name: B, H, G, N, T, D, separate values, calls that share the tokens.
 CALLS = {
@@ -92,15 +92,17 @@ def call_all(batch: int, heads: int, groups: int, n: int, t: int, d: int, separa
 def call_loss(rows: int, cols: int, dim: int, kind: str, mode: str, bias: bool, keep: bool) -> None:
     """Forward and backward of one loss; rows are paired with the last columns."""
     image, text = (torch.zeros(n, dim, dtype=torch.bfloat16) for n in (rows, cols))
-    ids = (torch.arange(rows), torch.arange(cols)) if mode != "diagonal" else (None, None)
-    weights = positive_weights(image, len(text), None if ids[0] is None else (ids[0], *ids), 0, kind, mode)
+    matches = find_matches(torch.arange(rows), torch.arange(cols), mode) if mode != "diagonal" else None
+    weights = positive_weights(image, len(text), matches, 0, kind, mode)
     biases = torch.zeros(cols) if bias else None
     kept = torch.empty(contrastive_tile.padded_shape(rows, cols), dtype=torch.bfloat16) if keep else None
     shift = torch.zeros(1)
-    logits = Logits(image, text, torch.ones(1), biases, *ids, *weights, shift, cols - rows, kind, mode)
+    logits = Logits(
+        image, text, torch.ones(1), biases, *(matches or (None, None)), *weights, shift, cols - rows, kind, mode
+    )
     row_stat, col_stat, _ = contrastive_kernels.triton_statistics(logits, kept)
-    wanted = (torch.ones(()), kind != "rows", bias)
-    contrastive_backward_kernels.triton_gradients(logits, row_stat, col_stat, kept, *wanted)
+    wanted = Wanted(image=True, text=kind != "rows", scale=True, bias=bias)
+    contrastive_backward_kernels.triton_gradients(logits, row_stat, col_stat, kept, torch.ones(()), wanted)
 
 
 def main() -> int:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from eclip.kernels import contrastive_backward_kernels, contrastive_distributed, contrastive_kernels, contrastive_tile
-from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
+from eclip.kernels.contrastive_logits import Logits, Wanted, magnitudes, safe_shift
 from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
 from eclip.kernels.contrastive_ops import keeps_logits, pair_gradients, pair_statistics
 from eclip.kernels.contrastive_plain import plain_gradients, plain_statistics
-from eclip.kernels.contrastive_positives import find_matches, positive_weights
+from eclip.kernels.contrastive_positives import CODE, END, ORDER, START, find_matches, positive_weights
 from eclip.kernels.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 from tests.kernels.contrastive_checks import Arguments, check, make_arguments, on, value_and_grads, with_features
 
@@ -57,7 +57,7 @@ def gradients(
     """Of images, texts, scale and bias, by the op."""
     shift, offset, kind, mode = logits[-4:]
     factor_ = torch.tensor(factor, device=shift.device)
-    wanted = (True, logits.bias is not None)
+    wanted = (True, True, True, logits.bias is not None)
     return pair_gradients(*logits[:-4], row_stat, col_stat, shift, None, factor_, offset, kind, mode, *wanted)
 
 
@@ -66,7 +66,7 @@ def exact_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """The same in float64, by PyTorch."""
     statistics = row_stat.double(), col_stat.double(), torch.tensor(factor, device=row_stat.device).double()
-    return plain_gradients(in_float64(logits), *statistics, True, logits.bias is not None)
+    return plain_gradients(in_float64(logits), *statistics, Wanted(True, True, True, logits.bias is not None))
 
 
 def in_float64(logits: Logits) -> Logits:
@@ -81,10 +81,12 @@ def test_rows_that_are_not_paired_with_the_first_columns(device: torch.device, k
     image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
     mode = {"soft": "share"}.get(positives, positives)
     shift = safe_shift(magnitudes(image, text, bias), scale, kind)
-    ids = (arguments.get("image_ids"), arguments.get("text_ids"))
+    matches = (None, None)
+    if positives != "diagonal":
+        matches = find_matches(arguments["image_ids"], arguments["text_ids"], mode)
     weights = (torch.rand(20, device=device), torch.rand(50, device=device))
     for offset in (17, -8, 45, -20):
-        logits = Logits(image, text, scale, bias, *ids, *weights, shift, offset, kind, mode)
+        logits = Logits(image, text, scale, bias, *matches, *weights, shift, offset, kind, mode)
         statistics, exact = pair_statistics(logits, None), plain_statistics(in_float64(logits))
         ours = statistics + gradients(logits, *statistics[:2], 0.5)
         theirs = exact + exact_gradients(logits, *exact[:2], 0.5)
@@ -239,16 +241,32 @@ def test_cpu_keeps_nothing() -> None:
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_matches_list_equal_ids() -> None:
-    row_ids, col_ids = torch.tensor([5, 3, 5, 4, -7]), torch.tensor([3, 5, 1, 5, -7, 3])
-    found = find_matches(row_ids, col_ids)
-    for i, row in enumerate(row_ids):
-        columns = (col_ids == row).nonzero().flatten()
-        assert torch.equal(found.col_order[found.row_start[i] : found.row_end[i]], columns)
-        assert torch.equal((found.col_code == found.row_code[i]).nonzero().flatten(), columns)
-    for j, col in enumerate(col_ids):
-        rows = (row_ids == col).nonzero().flatten()
-        assert torch.equal(found.row_order[found.col_start[j] : found.col_end[j]], rows)
+ROW_IDS, COL_IDS = torch.tensor([5, 3, 5, 4, -7]), torch.tensor([3, 5, 1, 5, -7, 3])
+
+
+@pytest.mark.parametrize("kept_rows", [slice(0, 5), slice(1, 4), slice(2, 2)])
+@pytest.mark.parametrize("kept_cols", [slice(0, 6), slice(2, 5), slice(6, 6)])
+def test_matches_list_equal_ids(kept_rows: slice, kept_cols: slice) -> None:
+    """Of all rows and columns, and of those of a rank and of a block."""
+    found = find_matches(ROW_IDS, COL_IDS).of_rows(kept_rows).of_columns(kept_cols)
+    row_ids, col_ids = ROW_IDS[kept_rows], COL_IDS[kept_cols]
+    for own_ids, own, other_ids, other in (
+        (row_ids, found.rows, col_ids, found.cols),
+        (col_ids, found.cols, row_ids, found.rows),
+    ):
+        assert own.dtype == torch.int32 and own.shape == (4, len(own_ids))
+        for i, name in enumerate(own_ids):
+            places = (other_ids == name).nonzero().flatten()
+            assert other[ORDER, own[START, i] : own[END, i]].tolist() == places.tolist()
+            assert (other[CODE] == own[CODE, i]).nonzero().flatten().tolist() == places.tolist()
+
+
+def test_masks_need_codes_alone() -> None:
+    rows, cols = find_matches(ROW_IDS, COL_IDS, "mask")
+    everything = find_matches(ROW_IDS, COL_IDS)
+    assert torch.equal(rows, everything.rows[:1]) and torch.equal(cols, everything.cols[:1])
+    part = find_matches(ROW_IDS, COL_IDS, "mask").of_columns(slice(2, 5))
+    assert torch.equal(part.rows, rows) and torch.equal(part.cols, cols[:, 2:5])
 
 
 def test_small_softplus_keeps_its_digits(device: torch.device) -> None:

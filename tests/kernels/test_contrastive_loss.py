@@ -13,7 +13,7 @@ from eclip.kernels import contrastive_distributed, contrastive_ops, contrastive_
 from eclip.kernels._launch import launches_triton
 from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
 from eclip.kernels.contrastive_loss import KEEP_BYTES, contrastive_loss, contrastive_loss_reference
-from eclip.kernels.contrastive_positives import positive_weights
+from eclip.kernels.contrastive_positives import find_matches, positive_weights
 from tests.kernels.contrastive_checks import (
     Arguments,
     check,
@@ -216,11 +216,13 @@ def test_blocks_of_columns_make_up_the_whole(path: torch.device, kind: str, posi
     arguments = on(path, make_arguments(20, 16, positives, keys=50, bias=True))
     image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
     mode = {"soft": "share"}.get(positives, positives)
-    row_ids, col_ids = arguments.get("image_ids"), arguments.get("text_ids")
+    matches = (None, None)
+    if positives != "diagonal":
+        matches = find_matches(arguments["image_ids"], arguments["text_ids"], mode)
     shift = safe_shift(magnitudes(image, text, bias), scale, kind)
     weights = torch.rand(20, device=path), torch.rand(50, device=path)
     own = slice(17, 37)
-    logits = Logits(image, text, scale, bias, row_ids, col_ids, *weights, shift, own.start, kind, mode)
+    logits = Logits(image, text, scale, bias, *matches, *weights, shift, own.start, kind, mode)
     whole = contrastive_ops.pair_statistics(logits, None)
 
     class Arrived:
@@ -339,14 +341,16 @@ def opcheck(path: torch.device, kind: str, positives: str) -> None:
     arguments["image_features"] = arguments["image_features"].T.contiguous().T
     leaves = [arguments[n].requires_grad_() for n in ("image_features", "text_features", "logit_scale", "bias")]
     image, text = leaves[:2]
-    row_ids, col_ids = arguments.get("image_ids"), arguments.get("text_ids")
-    ids = None if row_ids is None or col_ids is None else (row_ids, row_ids, col_ids)
-    inputs = (*leaves, row_ids, col_ids, *positive_weights(image, len(text), ids, 0, kind, mode))
+    matches = None
+    if positives != "diagonal":
+        matches = find_matches(arguments["image_ids"], arguments["text_ids"], mode)
+    weights = positive_weights(image, len(text), matches, 0, kind, mode)
+    inputs = (*leaves, *(matches or (None, None)), *weights)
     torch.library.opcheck(contrastive_ops.contrastive_total, (*inputs, kind, mode, False))
     _, *statistics, kept = contrastive_ops.contrastive_total(*inputs, kind, mode, False)
     assert kept.numel() == 0
     inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in (*inputs, *statistics))
-    for wanted in ((True, True), (False, False)):
+    for wanted in ((True, True, True, True), (False, True, True, False), (False, False, True, False)):
         torch.library.opcheck(
             contrastive_ops.pair_gradients, (*inputs, None, torch.tensor(2.0, device=path), 0, kind, mode, *wanted)
         )
