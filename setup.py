@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.3",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
         "scipy>=1.11",
@@ -41,6 +41,8 @@ setup(
     extras_require={
         "gpu": [DALI, "xformers>=0.0.35"],
         "towers": ["onnx>=1.16"],
+        # Noto for the letters of many scripts in the pictures; fonts of the system serve as well.
+        "fonts": ["manimgx-fonts", "manimgx-fonts-cjk"],
         "dev": [
             DALI,
             "hypothesis>=6.100",
