@@ -20,10 +20,20 @@ from torch import Tensor
 
 from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
+from .contrastive_kept_kernels import PLACE, rescale_kept
 from .contrastive_kernels import as_kernels_read, underflows
 from .contrastive_logits import Logits, Wanted
 from .contrastive_positives_kernels import triton_finish
-from .contrastive_tile import column_offsets, padded_shape, products, same_ids, seldom_run, store_tile, tile_options
+from .contrastive_tile import (
+    column_offsets,
+    no_positives,
+    padded_shape,
+    products,
+    row_factor,
+    seldom_run,
+    store_tile,
+    tile_options,
+)
 
 # A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. Each block reads and writes the fp32 gradients of
 # its rows and columns: the fewer, the better.
@@ -31,35 +41,7 @@ _BLOCK_BYTES = 2**30
 _BLOCK_ROWS = 16384
 # fp16 ends at 6e-8: G, at most 2, is stored 2^14 times as large, so that entries of 1 / B keep all their bits.
 _FP16_FACTOR = 2.0**14
-_RESCALE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
 _LEAST_HEIGHT = 32  # of a tile of any kernel here
-
-
-@triton.jit
-def _row_factor(stat_ptr, index, count, shift):
-    """exp(shift - stat): what exp(s - shift) is multiplied with to be a probability; 0 beyond the end."""
-    stat = tl.load(stat_ptr + index, mask=index < count, other=float("inf"))
-    return tl.exp2((shift - stat) * LOG2E)
-
-
-@triton.jit
-def _no_positives(
-    gradient,
-    row_code_ptr,
-    col_code_ptr,
-    row,
-    col,
-    num_rows,
-    num_cols,
-    offset,
-    MATCH: tl.constexpr,
-):
-    """`gradient` with 0 at the pairs and, with MATCH, wherever ids are equal: positives, or pairs that do not count."""
-    gradient = tl.where((row + offset)[:, None] == col[None, :], 0.0, gradient)
-    if MATCH:
-        same = same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols)
-        gradient = tl.where(same, 0.0, gradient)
-    return gradient
 
 
 @triton.jit
@@ -181,62 +163,16 @@ def _gradient_tile(
                 col_stat = tl.load(col_stat_ptr + col, mask=col < num_cols, other=0.0)
                 gradient += tl.exp2(x + ((shift - col_stat) * LOG2E)[None, :])
         else:
-            weight = _row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
+            weight = row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
             if KIND == "both":
-                weight = weight + _row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
+                weight = weight + row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
             gradient = tl.exp2(x) * weight
-        gradient = _no_positives(gradient, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
+        gradient = no_positives(gradient, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
         if SUMS:
             sums = tl.sum(tl.where((row < last_row)[:, None], gradient, 0.0), 0)
             at = sums_ptr + tl.cast(row_tile, tl.int64) * width + (col - first_col)
             tl.store(at, sums, mask=col < last_col)
         store_tile(block_ptr, block_stride, tile_row - first_row, half_col - first_col, gradient * FACTOR)
-
-
-@triton.jit
-def _contrastive_rescale_kernel(
-    kept_ptr,  # (R, C) exp(s - shift)
-    row_code_ptr,
-    col_code_ptr,
-    row_stat_ptr,
-    col_stat_ptr,
-    shift_ptr,
-    unsafe_ptr,
-    block_ptr,
-    sums_ptr,
-    kept_stride,
-    block_stride,
-    first_row,
-    first_col,
-    last_row,
-    last_col,
-    num_rows,
-    num_cols,
-    offset,
-    KIND: tl.constexpr,
-    MATCH: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The same tile from what the forward kept, unless that is of no use (`unsafe`)."""
-    if tl.load(unsafe_ptr) != 0:
-        return
-    row = first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    col = first_col + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < last_row)[:, None] & (col < last_col)[None, :]
-    kept_at = kept_ptr + row.to(tl.int64)[:, None] * kept_stride + col[None, :]
-    gradient = tl.load(kept_at, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr).to(tl.float32)
-    weight = _row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
-    if KIND == "both":
-        weight = weight + _row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
-    gradient = _no_positives(gradient * weight, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
-    block_row, block_col = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_C
-    store_tile(block_ptr, block_stride, block_row, block_col, gradient)
-    if SUMS:
-        at = sums_ptr + tl.program_id(0).to(tl.int64) * (last_col - first_col) + (col - first_col)
-        tl.store(at, tl.sum(gradient, 0), mask=col < last_col)
 
 
 def triton_gradients(
@@ -309,9 +245,7 @@ def _gradient_block(
     choices = {"KIND": kind, "MATCH": logits.matches is not None, "SUMS": bias_grad}
     with on_device_of(image):
         if kept is not None:
-            _contrastive_rescale_kernel[_grid(height, width, _RESCALE)](
-                *(kept, *tensors, kept.stride(0), block.stride(0), *place, logits.offset), **choices, **_RESCALE
-            )
+            rescale_kept(kept, tensors, (*place, logits.offset), **choices)
         for online in _forms(kind, kept is not None):
             options = _options(image.dtype, gpu_generation(image), kind, logits.bias is not None, online)
             grid = _grid(height, width, options)
@@ -370,11 +304,6 @@ def compile_cases() -> Iterator[Case]:
         for generation in (8, 9, 10):
             for online in (False,) if kind == "sigmoid" else (False, True):
                 yield _case(dtype, kind, match, bias, online, generation)
-    for kind, match, sums in (("both", True, True), ("rows", False, False)):
-        yield _rescale_case(kind, match, sums)
-
-
-_PLACE = ("first_row", "first_col", "last_row", "last_col", "num_rows", "num_cols", "offset")
 
 
 def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, generation: int) -> Case:
@@ -389,7 +318,7 @@ def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, 
     return Case(
         name=f"contrastive_loss bwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
         kernel=_contrastive_bwd_kernel,
-        types=pointers | dict.fromkeys((*strides, *_PLACE, "dim"), "i32"),
+        types=pointers | dict.fromkeys((*strides, *PLACE, "dim"), "i32"),
         constants=dict.fromkeys(("bias_ptr", "row_code_ptr", "col_code_ptr", "unsafe_ptr"))
         | {"KIND": kind, "ONLINE": online, "MATCH": match, "HAS_BIAS": bias, "SUMS": bias}
         | {"FACTOR": _block_factor(dtype)}
@@ -399,20 +328,4 @@ def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, 
         generation=generation,
         tensor_core=dtype != torch.float32,
         latest=dtype != torch.float32,
-    )
-
-
-def _rescale_case(kind: str, match: bool, sums: bool) -> Case:
-    pointers = dict.fromkeys(("kept_ptr", "block_ptr"), "*bf16")
-    pointers |= dict.fromkeys(("row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("unsafe_ptr", *(("row_code_ptr", "col_code_ptr") if match else ())), "*i32")
-    return Case(
-        name=f"contrastive_loss bwd from kept {kind}{' ids bias' * match}",
-        kernel=_contrastive_rescale_kernel,
-        types=pointers | dict.fromkeys(("kept_stride", "block_stride", *_PLACE), "i32"),
-        constants=dict.fromkeys(("row_code_ptr", "col_code_ptr"))
-        | {"KIND": kind, "MATCH": match, "SUMS": sums, "BLOCK_R": _RESCALE["BLOCK_R"], "BLOCK_C": _RESCALE["BLOCK_C"]},
-        divisible=(*pointers, "kept_stride", "block_stride", "first_row", "first_col"),
-        options={"num_warps": _RESCALE["num_warps"]},
-        tensor_core=False,
     )

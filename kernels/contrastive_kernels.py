@@ -23,6 +23,7 @@ from ._launch import LOG2E, gpu_generation, on_device_of
 from .compile_check import Case, pointer_to
 from .contrastive_logits import Logits
 from .contrastive_positives_kernels import triton_target
+from .contrastive_sums import add_up_parts, finite, log_of_sum
 from .contrastive_tile import column_offsets, products, same_ids, seldom_run, store_tile, tile_options, whole_tiles
 
 # Numbers in the buffer of column sums, one for every tile of rows and column: 128 MiB, whatever the batch.
@@ -32,7 +33,6 @@ _PROGRAMS = 2048
 # A sum below exp(shift - this) may have lost terms that count: those below exp(-87), the least fp32 number. 2^20 of
 # them are exp(-87 + 55 + 14) of it.
 UNDERFLOW = 55.0
-_SUMS = {"PARTS": 16, "BLOCK": 64, "num_warps": 4}
 
 
 @triton.jit
@@ -152,13 +152,13 @@ def _span_sums(
             col_part_at = col_part_ptr + tl.cast(tile, tl.int64) * num_cols + col
             if ONLINE:
                 new_largest = tl.maximum(largest, tl.max(x, 1))
-                total = total * tl.exp2(largest - _finite(new_largest))
-                total += tl.sum(tl.exp2(x - _finite(new_largest)[:, None]), 1)
+                total = total * tl.exp2(largest - finite(new_largest))
+                total += tl.sum(tl.exp2(x - finite(new_largest)[:, None]), 1)
                 largest = new_largest
                 if KIND == "both":
-                    col_largest = _finite(tl.max(x, 0))
+                    col_largest = finite(tl.max(x, 0))
                     col_total = tl.sum(tl.exp2(x - col_largest[None, :]), 0)
-                    col_lse = _log_of_sum(col_largest / LOG2E + shift, col_total)
+                    col_lse = log_of_sum(col_largest / LOG2E + shift, col_total)
                     tl.store(col_part_at, col_lse, mask=col < num_cols)
             elif KIND == "sigmoid":
                 total += tl.sum(_softplus(x), 1)
@@ -170,15 +170,9 @@ def _span_sums(
                 if KEEP:
                     store_tile(kept_ptr, kept_stride, tile_row, first_col, e)
     if ONLINE:
-        total = _log_of_sum(_finite(largest) / LOG2E + shift, total)
+        total = log_of_sum(finite(largest) / LOG2E + shift, total)
     at = row_part_ptr + tl.cast(span_index, tl.int64) * panel_rows + tile * BLOCK_R + tl.arange(0, BLOCK_R)
     tl.store(at, total, mask=row < num_rows)
-
-
-@triton.jit
-def _finite(largest):
-    """`largest`, or 0 where it is -inf: a row without any term has no shift, and with 0 its sum is 0 instead of NaN."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
@@ -187,80 +181,6 @@ def _softplus(x):
     t = tl.exp2(-tl.abs(x))
     series = t * (1.0 - t * (0.5 - t * (0.33333334 - t * 0.25)))
     return tl.maximum(x, 0.0) / LOG2E + tl.where(t < 0.03125, series, tl.log(1.0 + t))
-
-
-@triton.jit
-def _contrastive_sums_kernel(
-    part_ptr,  # (parts, stride)
-    out_ptr,  # (count,)
-    shift_ptr,
-    unsafe_ptr,
-    parts,
-    stride,
-    count,
-    append,
-    FORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out = the parts of each of `count` sums added up in order, and the sum so far where `append` is not 0.
-
-    FORM "sum" adds numbers up; "shifted" makes the logarithm of sums of exp(s - shift); "online" takes logarithms, if
-    `unsafe`, by however few programs, and leaves `out` alone if not.
-    """
-    arguments = (part_ptr, out_ptr, shift_ptr, parts, stride, count, append)
-    if FORM == "online":
-        if tl.load(unsafe_ptr) == 0:
-            return
-        for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
-            _block_of_sums(block, arguments, FORM, PARTS, BLOCK)
-    else:
-        _block_of_sums(tl.program_id(0), arguments, FORM, PARTS, BLOCK)
-
-
-@triton.jit
-def _block_of_sums(block, arguments, FORM: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """What `_contrastive_sums_kernel` does for BLOCK of the sums."""
-    part_ptr, out_ptr, shift_ptr, parts, stride, count, append = arguments
-    at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    # Some parts at a time: one by one, the loop would wait for memory as often as there are parts.
-    some = tl.arange(0, PARTS)
-    from_here = part_ptr + some.to(tl.int64)[:, None] * stride + at[None, :]
-    largest = tl.zeros((BLOCK,), tl.float32)
-    if FORM == "online":
-        largest += float("-inf")
-        for first in range(0, parts, PARTS):
-            mask = (first + some < parts)[:, None] & inside[None, :]
-            term = tl.load(from_here + tl.cast(first, tl.int64) * stride, mask=mask, other=float("-inf"))
-            largest = tl.maximum(largest, tl.max(term, 0))
-        largest = _finite(largest)
-    elif FORM == "shifted":
-        largest += tl.load(shift_ptr).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, parts, PARTS):
-        mask = (first + some < parts)[:, None] & inside[None, :]
-        at_first = from_here + tl.cast(first, tl.int64) * stride
-        if FORM == "online":
-            term = tl.load(at_first, mask=mask, other=float("-inf"))
-            total += tl.sum(tl.exp2((term - largest[None, :]) * LOG2E), 0)
-        else:
-            total += tl.sum(tl.load(at_first, mask=mask, other=0.0), 0)
-    result = total
-    if FORM != "sum":
-        result = _log_of_sum(largest, total)
-    if append != 0:
-        before = tl.load(out_ptr + at, mask=inside, other=0.0)
-        largest = _finite(tl.maximum(before, result))
-        total = tl.exp2((before - largest) * LOG2E) + tl.exp2((result - largest) * LOG2E)
-        result = _log_of_sum(largest, total)
-    tl.store(out_ptr + at, result, mask=inside)
-
-
-@triton.jit
-def _log_of_sum(shift, total):
-    """shift + ln(total), -inf where total is 0; a NaN stays one."""
-    return tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
 def as_kernels_read(logits: Logits) -> Logits:
@@ -328,9 +248,9 @@ def _add_up(logits: Logits, row_stat: Tensor, col_stat: Tensor, kept: Tensor | N
                 **options,
             )
         rows = row_stat[first * block_r : (first + tiles) * block_r]
-        _sums(row_part, rows, num_spans, logits.shift, unsafe, 0, form)
+        add_up_parts(row_part, rows, num_spans, logits.shift, unsafe, 0, form)
         if kind == "both":
-            _sums(col_part, col_stat, tiles, logits.shift, unsafe, first, form)
+            add_up_parts(col_part, col_stat, tiles, logits.shift, unsafe, first, form)
 
 
 def _options(
@@ -338,14 +258,6 @@ def _options(
 ) -> dict[str, Any]:
     narrow = kind != "sigmoid" and (bias or (keep and mode == "mask"))
     return tile_options(dtype, generation, small=online, narrow=narrow)
-
-
-def _sums(part: Tensor, out: Tensor, parts: int, shift: Tensor, unsafe: Tensor | None, append: int, form: str) -> None:
-    blocks = triton.cdiv(len(out), _SUMS["BLOCK"])
-    with on_device_of(out):
-        _contrastive_sums_kernel[seldom_run(out, blocks) if form == "online" else (blocks,)](
-            part, out, shift, unsafe, parts, part.stride(0), len(out), append, FORM=form, **_SUMS
-        )
 
 
 def compile_cases() -> Iterator[Case]:
@@ -365,19 +277,6 @@ def compile_cases() -> Iterator[Case]:
         for generation in (8, 9, 10):
             for online in (False,) if kind == "sigmoid" or keep else (False, True):
                 yield _case(dtype, kind, mode, bias, keep, online, generation)
-    for form in ("sum", "shifted", "online"):
-        yield Case(
-            name=f"contrastive_loss fwd {form} of sums",
-            kernel=_contrastive_sums_kernel,
-            types={
-                **dict.fromkeys(("part_ptr", "out_ptr", "shift_ptr"), "*fp32"),
-                **({"unsafe_ptr": "*i32"} if form == "online" else {}),
-                **dict.fromkeys(("parts", "stride", "count", "append"), "i32"),
-            },
-            constants={"unsafe_ptr": None, "FORM": form, "PARTS": _SUMS["PARTS"], "BLOCK": _SUMS["BLOCK"]},
-            options={"num_warps": _SUMS["num_warps"]},
-            tensor_core=False,
-        )
 
 
 def _case(dtype: torch.dtype, kind: str, mode: str, bias: bool, keep: bool, online: bool, generation: int) -> Case:

@@ -73,6 +73,33 @@ def same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols):
 
 
 @triton.jit
+def row_factor(stat_ptr, index, count, shift):
+    """exp(shift - stat): what exp(s - shift) is multiplied with to be a probability; 0 beyond the end."""
+    stat = tl.load(stat_ptr + index, mask=index < count, other=float("inf"))
+    return tl.exp2((shift - stat) * LOG2E)
+
+
+@triton.jit
+def no_positives(
+    gradient,
+    row_code_ptr,
+    col_code_ptr,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    offset,
+    MATCH: tl.constexpr,
+):
+    """`gradient` with 0 at the pairs and, with MATCH, wherever ids are equal: positives, or pairs that do not count."""
+    gradient = tl.where((row + offset)[:, None] == col[None, :], 0.0, gradient)
+    if MATCH:
+        same = same_ids(row_code_ptr, col_code_ptr, row, col, num_rows, num_cols)
+        gradient = tl.where(same, 0.0, gradient)
+    return gradient
+
+
+@triton.jit
 def store_tile(ptr, stride, first_row, first_col, values):
     """Write a tile into a matrix whose memory has its `padded_shape`, in the matrix's dtype."""
     row, col = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])

@@ -16,6 +16,7 @@ from eclip.kernels import (
     contrastive_kernels,
     contrastive_ops,
     contrastive_plain,
+    contrastive_sums,
     contrastive_tile,
 )
 from eclip.kernels.contrastive_loss import contrastive_loss
@@ -247,7 +248,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         monkeypatch.setattr(module, name, Launcher())
 
     watch(contrastive_kernels, "_contrastive_fwd_kernel")
-    watch(contrastive_kernels, "_contrastive_sums_kernel")
+    watch(contrastive_sums, "_contrastive_sums_kernel")
     watch(contrastive_backward_kernels, "_contrastive_bwd_kernel")
     return launched
 

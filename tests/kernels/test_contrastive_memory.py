@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 from eclip.kernels import (
     contrastive_backward_kernels,
     contrastive_distributed,
+    contrastive_kept_kernels,
     contrastive_kernels,
     contrastive_ops,
     contrastive_positives_kernels,
+    contrastive_sums,
     contrastive_tile,
 )
 from eclip.kernels.contrastive_logits import Logits, magnitudes, safe_shift
@@ -32,8 +34,10 @@ from tests.kernels.test_contrastive_kernels import opposed, tiny  # noqa: F401
 from tests.kernels.watch_interp import Builder, watch
 
 KERNELS = {
-    contrastive_kernels: ("_contrastive_fwd_kernel", "_contrastive_sums_kernel"),
-    contrastive_backward_kernels: ("_contrastive_bwd_kernel", "_contrastive_rescale_kernel"),
+    contrastive_kernels: ("_contrastive_fwd_kernel",),
+    contrastive_sums: ("_contrastive_sums_kernel",),
+    contrastive_backward_kernels: ("_contrastive_bwd_kernel",),
+    contrastive_kept_kernels: ("_contrastive_rescale_kernel",),
     contrastive_positives_kernels: ("_contrastive_target_kernel", "_contrastive_finish_kernel"),
 }
 
