@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from eclip.dataloading.errors import DataError
 from eclip.feature_disk import (
     DTYPE,
     Notes,
@@ -78,8 +79,8 @@ class Filling:
         """The whole array, read-only; fills what is missing, together with every process that calls this meanwhile.
 
         Nothing here waits for another process but by a lock that the kernel frees when its holder dies. Raises
-        CannotStore, and what `compute` raises; a ValueError of `compute` ends the array, anything else leaves it to be
-        continued.
+        CannotStore, and what `compute` raises: a ValueError ends the array, since the same input would raise it again;
+        a DataError (a store that failed) and anything else leave it to be continued.
         """
         with _IN_PROCESS:
             self._discard_damaged()
@@ -201,7 +202,7 @@ class Filling:
             try:
                 self._take_parts(record, data, bar)
             except ValueError as error:
-                if not isinstance(error, CannotStore):
+                if not isinstance(error, CannotStore | DataError):
                     self._remove()
                 raise
             with self._told(), byte_lock(record, 0, wait=True):

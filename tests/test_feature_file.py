@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eclip.dataloading.errors import DataError
 from eclip.feature_disk import damage, read_notes
 from eclip.feature_file import CannotStore
 from tests.feature_filling import BATCH, EXPECTED, ITEMS, WIDTH, Recorder, filling
@@ -272,6 +273,21 @@ def test_what_compute_refuses_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image 20 is bad"):
         filling(tmp_path, compute).open()
     assert left(tmp_path) == set()
+
+
+def test_what_was_computed_before_the_data_failed_is_kept(tmp_path: Path) -> None:
+    """A store that does not answer, a tar that is put back: the next start goes on."""
+
+    def compute(first: int, last: int) -> tuple[np.ndarray, dict[int, str]]:
+        if first == 5 * BATCH:
+            raise DataError("train-000000.tar: cannot be read")
+        return Recorder()(first, last)
+
+    with pytest.raises(DataError):
+        filling(tmp_path, compute).open()
+    again = Recorder()
+    assert np.array_equal(filling(tmp_path, again).open(), EXPECTED)
+    assert again.computed == list(range(5 * BATCH, ITEMS))
 
 
 def test_large_arrays_come_in_parts_of_bounded_bytes() -> None:

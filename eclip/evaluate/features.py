@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eclip.config import RunConfig
+from eclip.dataloading.images import CorruptImageError
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES
 from eclip.dataloading.shards import ShardIndex
@@ -206,13 +207,16 @@ def extract_features(
 def _decode(
     index: ShardIndex, rows: NDArray[np.int64], places: NDArray[np.int64], size: int, corrupt: list[str]
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Read and decode some rows: the places that worked and their images (m, 3, S, S) uint8; the rest in `corrupt`."""
+    """Read and decode some rows: the places that worked and their images (m, 3, S, S) uint8; the rest in `corrupt`.
+
+    Raises DataError for a tar at fault: its images are not corrupt, and tables without them would be silently others.
+    """
     images, good = [], []
     for place in places:
         row = int(rows[place])
         try:
             images.append(decode_square(index.read_image(row), size))
-        except ValueError as error:
+        except CorruptImageError as error:
             corrupt.append(f"{index.image_key(row)}: {error}")
         else:
             good.append(int(place))

@@ -21,6 +21,10 @@ class OtherData(ValueError):
     """The catalogue is not the one that the run knows, and nobody said that this is wanted."""
 
 
+class NoSplit(ValueError):
+    """The catalogue has no such split; one that is there and cannot be read is another matter."""
+
+
 def check_numbers(batch_size: int, limit: int | None, threshold: float | Literal["auto"]) -> None:
     """Raise ValueError for numbers that mean nothing."""
     if batch_size < 1:
@@ -79,14 +83,17 @@ class Catalogue:
         return found
 
     def open(self, split: str) -> ShardIndex:
-        """A split's index. Raises ValueError when there is none, OtherData when it is not the one the run knows."""
+        """A split's index. Raises NoSplit when there is none, OtherData when it is not the one the run knows, and
+        ValueError when it cannot be read."""
         try:
             index = ShardIndex.open(self.folder, split)
         except ValueError as error:
             splits = sorted({path.name.rpartition("-")[0] for path in self.folder.glob("*-[0-9]*.tar")})
-            if split in splits or not splits:
+            if split in splits:
                 raise
-            raise ValueError(
+            if not splits:
+                raise NoSplit(str(error)) from error
+            raise NoSplit(
                 f"--split {split}: {self.folder} holds {', '.join(splits)}; take one of these, "
                 f"or another catalogue with --data-dir"
             ) from error

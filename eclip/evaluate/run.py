@@ -30,7 +30,7 @@ from eclip.evaluate.grounding import (
     score_scenes,
 )
 from eclip.evaluate.image_text_loss import image_text_loss
-from eclip.evaluate.inputs import Catalogue, OtherData, check_numbers, choose_device
+from eclip.evaluate.inputs import Catalogue, NoSplit, check_numbers, choose_device
 from eclip.evaluate.lettering import WAY_OUT
 from eclip.evaluate.product_retrieval import product_retrieval
 from eclip.evaluate.report import Table, format_table
@@ -333,9 +333,7 @@ def _val_scenes(evaluator: Evaluator) -> tuple[ShardIndex, NDArray[np.int64], li
     """The val split's index, its images that can be grounded and their scenes, or why there are none."""
     try:
         index = evaluator.catalogue.open("val")
-    except OtherData:
-        raise
-    except (ValueError, OSError) as error:
+    except NoSplit as error:
         return f"no val split to choose from ({error})"
     rows: list[int] = []
     scenes: list[Scene] = []

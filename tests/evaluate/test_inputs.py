@@ -9,7 +9,7 @@ import torch
 
 from eclip.config import DataConfig, RunConfig
 from eclip.dataloading.shards import ShardIndex
-from eclip.evaluate.inputs import Catalogue, OtherData, check_numbers, choose_device
+from eclip.evaluate.inputs import Catalogue, NoSplit, OtherData, check_numbers, choose_device
 from tests.dataloading.fixtures import jpeg, make_split
 
 
@@ -143,12 +143,12 @@ def test_another_split_than_recorded_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["nope", "", "*", "../shop/test", "tes", "test-000000"])
 def test_splits_that_are_not_there(tmp_path: Path, split: str) -> None:
     run, config = a_run(tmp_path / "run", shop(tmp_path / "shop"))
-    with pytest.raises(ValueError, match="holds test, train, val; take one of these"):
+    with pytest.raises(NoSplit, match="holds test, train, val; take one of these"):
         Catalogue.of_run(run, config, None).open(split)
 
 
 def test_a_folder_without_shards_says_so(tmp_path: Path) -> None:
     run, config = a_run(tmp_path / "run", shop(tmp_path / "shop"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no test-000000.tar"):
+    with pytest.raises(NoSplit, match="empty: no test-000000.tar"):
         Catalogue.of_run(run, config, tmp_path / "empty").open("test")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,30 @@ def test_what_cannot_be_evaluated_is_one_line(
         evaluate(monkeypatch, "--checkpoint", run, *flags)
     assert isinstance(stop.value.code, str)
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_cut_tar_is_no_heap_of_corrupt_images(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    shop = tmp_path / "shop"
+    shutil.copytree(run.parent / "shop", shop, ignore=lambda *_: ["features"])
+    tar = shop / "test-000000.tar"
+
+    def cut() -> None:
+        with tar.open("r+b") as file:
+            file.truncate(tar.stat().st_size // 2)
+
+    if when == "before":
+        cut()
+    else:
+        rows = run_module.choose_rows
+        monkeypatch.setattr(run_module, "choose_rows", lambda index, limit: (rows(index, limit), cut())[0])
+    written = {path: path.stat().st_mtime_ns for path in run.glob("evaluation*")}
+    with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(str(tar))}: .*truncated") as stop:
+        evaluate(monkeypatch, "--checkpoint", run, "--data-dir", shop)
+    assert "\n" not in str(stop.value.code)
+    assert {path: path.stat().st_mtime_ns for path in run.glob("evaluation*")} == written
 
 
 @pytest.mark.parametrize("flags", [("--batch-size", "many"), ("--nope", "3"), ("--threshold", "high")])

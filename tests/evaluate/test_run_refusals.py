@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import eclip.evaluate.run as run_module
+from eclip.dataloading.errors import DataError
 from eclip.dataloading.pipeline import decode_square
 from eclip.evaluate.run import evaluate_run
 from eclip.feature_file import CannotStore
@@ -73,6 +74,23 @@ def test_a_broken_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         line = _refusal(tmp_path, monkeypatch, model)
         assert start in line and "the checkpoint is damaged or its training diverged" in line, line
+
+
+def test_data_at_fault_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no corrupt image; a val split that cannot be read is no missing one, whose thresholds are fixed."""
+
+    def fail(*arguments: object) -> bytes:
+        raise DataError("the tar was truncated")
+
+    catalogue = Catalogue()
+    monkeypatch.setattr(catalogue, "read_image", fail)
+    with pytest.raises(DataError):
+        evaluate_run(prepare(tmp_path, monkeypatch, catalogue, None), progress=False)
+    run = prepare(tmp_path, monkeypatch, Catalogue(), None)
+    (run / "val-000000.tar").touch()
+    with pytest.raises(ValueError, match=r"no val-000000\.tar"):
+        evaluate_run(run, progress=False)
+    assert not (run / "evaluation.json").exists()
 
 
 def test_a_temperature_that_is_not_finite_costs_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
