@@ -39,6 +39,8 @@ class Provider(NamedTuple):
     module: str = ""
     """What `package` is imported as."""
     gpu_only: bool = False
+    syncs: bool = False
+    """Makes the host wait for the GPU: no CUDA graph can hold it, and a capture that fails spoils later ones."""
     scale_gradient: bool = True
     """False: the scale is a Python number to it."""
     bytes_per_logit: int = 0
@@ -51,6 +53,13 @@ class Provider(NamedTuple):
         if self.gpu_only and not torch.cuda.is_available():
             return f"{self.package} needs a GPU"
         return None
+
+    def version(self) -> str | None:
+        """Of the package; None where it is on the path without a record of what it is, or there is none."""
+        try:
+            return importlib.metadata.version(self.package) if self.package else None
+        except importlib.metadata.PackageNotFoundError:
+            return None
 
 
 # --- Plain PyTorch ----------------------------------------------------------------------------------------------------
@@ -190,6 +199,7 @@ PROVIDERS = {
         "cut-cross-entropy",
         "cut_cross_entropy",
         gpu_only=True,
+        syncs=True,  # .nonzero()
     ),
     "liger": Provider(
         _liger,
@@ -197,6 +207,7 @@ PROVIDERS = {
         "liger-kernel",
         "liger_kernel",
         gpu_only=True,
+        syncs=True,  # .item()
     ),
     "quack": Provider(
         _quack, "0.6.5: one-sided, run twice; B a multiple of 8", "quack-kernels", "quack", gpu_only=True

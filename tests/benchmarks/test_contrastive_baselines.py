@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks import contrastive_blocks
 from benchmarks.bench_contrastive_loss import Case
 from benchmarks.contrastive_baselines import PROVIDERS, eager_fixed_keys, eager_soft
 from benchmarks.contrastive_exact import exact_loss
-from benchmarks.contrastive_goals import BOTH, HUGE, LARGE, SHAPE, SHARP, label
+from benchmarks.contrastive_goals import BOTH, FORWARD, HUGE, LARGE, SHAPE, SHARP, label
 from eclip.kernels.contrastive_loss import contrastive_loss_reference
 
 B, D = 24, 16
@@ -144,14 +145,72 @@ def test_exact_loss_is_the_reference_in_float64(positives: Any, sides: Any, monk
 
 
 def test_cases_cover_the_goals_and_have_names_of_their_own() -> None:
-    cases = list(bench_file.cases())
+    cases = [*bench_file.cases(), *(c for c in bench_file.by_size() if c.size in bench_file.LAST)]
     assert len(set(cases)) == len(cases) == len(set(map(str, cases)))
     ours = {label(bench_file.SIZES[c.size], c.dim, c.scale) for c in cases if c.provider == "ours" and c.op == BOTH}
     assert {SHAPE, SHARP, LARGE, HUGE} <= ours
     for name in PROVIDERS:
-        batches = [bench_file.SIZES[c.size] for c in cases if c.provider == name and c.op == BOTH and c.dim == 512]
-        plain = batches[: len(set(batches))]
+        plain = [bench_file.SIZES[c.size] for c in cases if c.provider == name and c[1:4] == (512, 50.0, BOTH)]
         assert plain == sorted(plain) and 2**15 in plain
+
+
+def test_judged_rows_run_before_the_largest() -> None:
+    """Of a part that runs out of time the last rows are missing."""
+    first = [str(case) for case in bench_file.cases()]
+    assert not any(size in name for size in bench_file.LAST for name in first)
+    judged = [i for i, c in enumerate(bench_file.cases()) if label(bench_file.SIZES[c.size], c.dim, c.scale) == SHARP]
+    large = [i for i, case in enumerate(bench_file.cases()) if case.size == "131k"]
+    assert len(judged) == len(PROVIDERS) - 1 and max(judged) < min(large)
+    names = [name for name in vars(bench_file) if name.startswith("test_")]
+    assert names == ["test_loss", "test_ids", "test_largest"]  # pytest runs a file's tests as they stand in it
+
+
+def test_forward_rows_take_the_float64_result_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(bench_file, "exact_loss", lambda *args, **options: calls.append(args) or object())
+    bench_file.exact.cache_clear()
+    try:
+        found = [bench_file.exact("4k", 512, 50.0, op) for op in (FORWARD, BOTH)]
+    finally:
+        bench_file.exact.cache_clear()
+    assert found[0] is found[1] and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ModuleNotFoundError("No module named 'cutlass'"), ImportError(), OSError("libcudart.so.13: cannot open\nmore")],
+)
+def test_packages_that_lack_another_are_skipped(error: Exception) -> None:
+    def fail() -> Any:
+        raise error
+
+    with pytest.raises(pytest.skip.Exception, match="quack-kernels cannot be imported: "):
+        bench_file.load(PROVIDERS["quack"]._replace(load=fail))
+    with pytest.raises(type(error)):  # our own mistakes are none of theirs
+        bench_file.load(PROVIDERS["eager"]._replace(load=fail))
+
+
+def test_peers_without_a_record_are_measured_without_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert PROVIDERS["memeff"].version() is None and PROVIDERS["eager"].version() is None
+
+
+@pytest.mark.parametrize("name", ["eager", "liger", "cut-cross-entropy", "quack"])
+def test_peers_that_synchronise_are_timed_without_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Recorder:
+        device, seconds = torch.device("cpu"), None
+
+        def __call__(self, call: Any, **columns: Any) -> Any:
+            rows.append(columns)
+            return call()
+
+    bench_file.timed(Recorder(), lambda: 1, Case("4k", 512, 50.0, FORWARD, name))
+    assert rows[0]["graph"] == (name not in ("liger", "cut-cross-entropy"))
 
 
 def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
