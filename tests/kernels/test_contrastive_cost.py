@@ -161,18 +161,19 @@ def test_outputs_but_the_total_have_no_gradient(path: torch.device) -> None:
         outputs[1].sum().backward()
 
 
+class Ignore(torch.autograd.Function):
+    """A function that says that it needs no gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
 def test_a_total_without_a_gradient_gives_none(path: torch.device) -> None:
-    """As below a function that says that it needs none of its input."""
-
-    class Ignore(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> None:
-            return None
-
     arguments = on(path, make_arguments(6, 8))
     leaves = {name: arguments[name].requires_grad_() for name in NAMES[:3]}
     loss = contrastive_loss(**arguments)
@@ -183,6 +184,19 @@ def test_a_total_without_a_gradient_gives_none(path: torch.device) -> None:
     once = value_and_grads(contrastive_loss, arguments)
     for name, x in leaves.items():
         torch.testing.assert_close(x.grad, 3 * once[name])
+
+
+def test_a_share_without_a_gradient_is_exchanged_nevertheless() -> None:
+    """The other ranks, which may have one, wait for it."""
+    arguments = make_arguments(6, 8)
+    given = [arguments[name].requires_grad_() for name in NAMES[:3]]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rest = (None, None, None, "both", "diagonal", dist.group.WORLD, None, 0)
+        Ignore.apply(contrastive_distributed._GroupShare.apply(*given, *rest)).backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(not x.grad.any() for x in given)
 
 
 def test_a_backward_runs_as_often_as_it_is_asked(path: torch.device) -> None:
@@ -253,8 +267,9 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return launched
 
 
-@pytest.mark.parametrize("make", [make_arguments, opposed], ids=["not needed", "needed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(make_arguments, torch.bfloat16), (opposed, torch.float32)], ids=["not needed", "needed"]
+)
 def test_programs_of_the_fallback_do_not_grow_with_the_batch(
     interpreter: torch.device, monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype
 ) -> None:
