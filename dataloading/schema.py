@@ -6,9 +6,10 @@ Real catalogues may leave out what only the embedded one knows (boxes, SKUs, sou
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_origin
 
 if TYPE_CHECKING:  # packing starts a process per core, and these records need no torch
     from torch import Tensor
@@ -63,23 +64,104 @@ class Product:
 
     @classmethod
     def from_json(cls, data: bytes, *, where: str) -> "Product":
-        """Parse and validate a sample's JSON; `where` names it in errors. Raises ValueError."""
+        """Parse and validate a sample's JSON; `where` names it in errors. Raises ValueError.
+
+        Fields of a product that are not known here are passed over: writers of other shards add their own.
+        """
         try:
             record = json.loads(data)
+        except RecursionError:
+            raise ValueError(f"{where}: not a product record: nested too deeply") from None
         except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
+            cause = str(error)
+            if (at := data.find(b"\0")) >= 0:
+                cause = f"zeros from byte {at} on, as a download that was cut leaves them"
+            raise ValueError(f"{where}: not valid JSON ({cause if data else 'empty'})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
         for name in ("title", "product", "category"):
             if not isinstance(record.get(name), str) or not record[name].strip():
-                raise ValueError(f"{where}: no {name!r}; every product needs a non-empty {name!r} string")
-        images = []
-        for image in record.get("images", ()):
-            instances = tuple(Instance(**{**i, "box": tuple(i["box"])}) for i in image.get("instances", ()))
-            images.append(ImageRecord(**{**image, "instances": instances}))
-        known = {f.name for f in dataclasses.fields(cls)} - {"images"}
+                held = ", ".join(list(record)[:_SHOWN]) or "nothing"
+                raise ValueError(
+                    f"{where}: no {name!r}; every product needs a non-empty {name!r} string (this one has: {held})"
+                )
+        known = {f.name for f in dataclasses.fields(cls)}
         fields = {k: v for k, v in record.items() if k in known}
-        return cls(**{"key": record["product"], "catalog": record["product"], **fields, "images": tuple(images)})
+        return _made(cls, {"key": record["product"], "catalog": record["product"], **fields}, where, "")
+
+
+_SHOWN = 8  # names in a message
+R = TypeVar("R")
+_INSIDE: Mapping[tuple[Any, str], type] = {(Product, "images"): ImageRecord, (ImageRecord, "instances"): Instance}
+
+
+def _made(cls: Callable[..., R], record: Any, where: str, place: str) -> R:
+    """A record of class `cls` out of JSON, every field of its kind; `place` is the record's within the sample."""
+    fields = _kinds(cls)
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a product record: {place} is {_short(record)}, not an object {{...}}")
+    if odd := record.keys() - fields.keys():
+        raise ValueError(f"{where}: not a product record: {place} has {min(odd)!r}; its fields are {', '.join(fields)}")
+    values = dict(record)
+    start = f"{place}." if place else ""
+    for name, value in record.items():
+        inside = _INSIDE.get((cls, name))
+        if not fields[name].fits(value):
+            raise ValueError(f"{where}: {start}{name} is {_short(value)}; it must be {fields[name].words}")
+        if inside is not None:
+            values[name] = tuple(_made(inside, v, where, f"{start}{name}[{i}]") for i, v in enumerate(value))
+        elif type(value) is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{where}: {start}{name} is {value!r}, which holds half a character; write it as UTF-8"
+                ) from None
+        elif type(value) is list:
+            values[name] = tuple(value)
+    try:
+        return cls(**values)
+    except TypeError:
+        absent = next(name for name, kind in fields.items() if kind.required and name not in values)
+        raise ValueError(f"{where}: not a product record: {place} has no {absent!r}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "text, in quotes": lambda value: type(value) is str,
+    "a number": _is_number,
+    "four numbers": lambda value: type(value) is list and len(value) == 4 and all(map(_is_number, value)),
+    "a list [...]": lambda value: type(value) is list,
+    "an object {...}": lambda value: type(value) is dict,
+}
+_WORDS: Mapping[Any, str] = {str: "text, in quotes", int: "a number", float: "a number", Box: "four numbers"}
+
+
+class _Kind(NamedTuple):
+    """What a field holds."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    required: bool
+
+
+@cache
+def _kinds(cls: Any) -> Mapping[str, _Kind]:
+    """The kinds of a record's fields."""
+    kinds = {}
+    for f in dataclasses.fields(cls):
+        words = _WORDS.get(f.type, "a list [...]" if get_origin(f.type) is tuple else "an object {...}")
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        kinds[f.name] = _Kind(words, _FITS[words], required)
+    return kinds
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,8 @@ BLOCK = 512  # tar works in blocks of 512 bytes
 _RECORD = 20 * BLOCK  # writers fill their tars up to a multiple of it
 _CHUNK = _USUAL_PADDING = 1 << 20
 _AGAIN = "copy or pack it again"
+_ODD = {b"D": "--listed-incremental", b"M": "--multi-volume"}
+"""Types of members of tars that hold a part of something: names and places in them mean something else."""
 
 
 def is_json(suffix: str) -> bool:
@@ -51,6 +53,8 @@ def read_samples(file: BinaryIO, path: Path) -> dict[str, dict[str, Span]]:
     samples: dict[str, dict[str, Span]] = {}
     spans: dict[str, Span] = {}
     for info in _members(file, path, size):
+        if program := _ODD.get(info.type):
+            raise DataError(f"{path}: written by tar {program}, which is not read here; write it without that")
         name = _name(info.name)
         if info.isfile():
             spans[name] = (info.offset_data, info.size)
@@ -87,8 +91,10 @@ def _span(info: tarfile.TarInfo, name: str, spans: dict[str, Span], path: Path) 
 
 
 def _name(name: str) -> str:
-    """A member's name without `./`; bytes that are not UTF-8 as \\xNN."""
+    """A member's name without `./`; bytes that are not UTF-8, and what would break a line of a message, as \\xNN."""
     readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if not readable.isprintable():
+        readable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in readable)
     while readable.startswith("./"):
         readable = readable[2:].lstrip("/")
     return readable

@@ -1,10 +1,12 @@
 """The shard index: contents, staleness, and one clear line for every way a packed split can be broken."""
 
+import errno
 import gzip
 import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from tests.dataloading.fixtures import jpeg, make_split, record, write_tar
 def sample(p=0, count=2, **changes):
     content = {**record(p, count), **changes}
     return f"k{p:03d}", json.dumps(content).encode(), {f"{i:03d}.jpg": jpeg(i) for i in range(count)}
+
+
+def boxed(box):
+    return sample(1, 1, images=[{"file": "000.jpg", "instances": [{"product": "p", "sku": "s", "box": box}]}])
 
 
 def test_index_holds_what_was_written(tmp_path):
@@ -84,6 +90,43 @@ def test_moved_and_damaged_index_files_are_no_obstacle(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     assert ShardIndex.open(tmp_path, "train").fingerprint == before.fingerprint
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda arrays: arrays.pop("keys_blob"),
+        lambda arrays: arrays.pop("stamp"),
+        lambda arrays: arrays.update(stamp=arrays["stamp"].ravel()),
+        lambda arrays: arrays.update(version=np.array(1)),
+        lambda arrays: arrays.update(image_offset=arrays["image_offset"].astype(object)),
+    ],
+)
+def test_index_of_another_make_is_built_again(tmp_path, edit):
+    before = ShardIndex.open(make_split(tmp_path), "train")
+    path = tmp_path / "train.index.npz"
+    arrays = dict(np.load(path))
+    edit(arrays)
+    np.savez(path, **arrays)
+    again = ShardIndex.open(tmp_path, "train")
+    assert again.fingerprint == before.fingerprint and again.image_key(41) == before.image_key(41)
+
+
+def test_read_only_disk_is_no_obstacle(tmp_path, monkeypatch):
+    make_split(tmp_path)
+
+    def refuse(own):
+        def method(self, *rest, **options):
+            if self.suffix == ".tmp":
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return own(self, *rest, **options)
+
+        return method
+
+    for name in ("open", "unlink"):  # Linux says so before it looks whether there is a file to delete
+        monkeypatch.setattr(Path, name, refuse(getattr(Path, name)))
+    assert ShardIndex.open(tmp_path, "train").num_products == 7
+    assert not (tmp_path / "train.index.npz").exists()
 
 
 def test_splits_do_not_mix(tmp_path):
@@ -184,6 +227,17 @@ def test_empty_catalogue(tmp_path):
         (sample(1, 1, images=[{"file": 0}]), ("k001.json", "images[0].file is 0")),
         (sample(1, 1, images=[{"file": "000.jpg", "source": ["ad"]}]), ("k001.json", "images[0].source is ['ad']")),
         (sample(1, 1, images=[{"file": "000.jpg", "title": None}]), ("k001.json", "images[0].title is None")),
+        (sample(1, 1, images=[{"source": "ad"}]), ("k001.json", "images[0] has no 'file'")),
+        (sample(1, 1, images=["000.jpg"]), ("k001.json", "images[0] is '000.jpg', not an object")),
+        (sample(1, 1, images=None), ("k001.json", "images is None; it must be a list")),
+        (sample(1, 1, attributes=["red"]), ("k001.json", "attributes is ['red']; it must be an object")),
+        (sample(1, 1, images=[{"file": "000.jpg", "width": "40"}]), ("images[0].width is '40'; it must be a number",)),
+        (sample(1, 1, images=[{"file": "000.jpg", "height": None}]), ("images[0].height is None",)),
+        (boxed([0, 0, 1]), ("images[0].instances[0].box is [0, 0, 1]; it must be four numbers",)),
+        (boxed(["0", "0", "9", "9"]), ("instances[0].box is ['0', ",)),
+        (("k", b'{"caption": "sofa", "url": "x"}', {"000.jpg": b"x"}), ("no 'title'", "(this one has: caption, url)")),
+        (("k", b"", {"000.jpg": b"x"}), ("not valid JSON (empty)",)),
+        (("k", b'{"title": "' + bytes(512) + b'"}', {"000.jpg": b"x"}), ("zeros from byte 11 on", "cut")),
         (("k", b"[" * 100_000, {"000.jpg": b"x"}), ("k.json", "not a product record")),
         (("k", b'{"title": "\xff"}', {"000.jpg": b"x"}), ("k.json", "not valid JSON")),
         (("k", b"{not json", {"000.jpg": b"x"}), ("k.json", "not valid JSON")),

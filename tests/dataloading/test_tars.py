@@ -180,6 +180,19 @@ def test_names_that_are_not_utf8(tmp_path):
     assert keys(tmp_path) == ["canap\\xe9/000.jpg"]
 
 
+def test_names_that_would_break_a_line(tmp_path):
+    write(tmp_path / NAME, {"a\nb\x1b[31m.json": RECORD, "a\nb\x1b[31m.000.jpg": jpeg(0)})
+    assert keys(tmp_path) == ["a\\nb\\x1b[31m/000.jpg"]
+
+
+@pytest.mark.parametrize(("kind", "option"), [(b"D", "--listed-incremental"), (b"M", "--multi-volume")])
+def test_tars_that_hold_a_part_of_something(tmp_path, kind, option):
+    info = tarfile.TarInfo("./")
+    info.type = kind
+    write(tmp_path / NAME, [(info, b""), *PRODUCT.items()])
+    fails(tmp_path, f"tar {option}, which is not read here")
+
+
 def test_dot_slash_folders_and_what_file_managers_leave(tmp_path):
     folder = tarfile.TarInfo("./")
     folder.type = tarfile.DIRTYPE
