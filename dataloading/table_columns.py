@@ -158,8 +158,8 @@ class Mapper:
         if absent:
             flags = " ".join(f"--column {name}=NAME" for name in absent)
             raise ValueError(
-                f"{self.table}: no column for {' and '.join(absent)}; the first line must name the columns, and it "
-                f"has: {self._listed(self.names)}; say which with {flags}"
+                f"{self.table}: no column for {' and '.join(absent)}; the first line must name the columns (in JSON "
+                f"lines the keys do), and it has: {self._listed(self.names)}; say which with {flags}"
             )
 
     def image_candidates(self) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """The images that a table's cell names: how lists are split and paths are spelt, checked against the files there.
 
-The folder is never listed, it may hold a million files: names are looked up, those of a sample before the work, later
-only those that could be read in two ways.
+Names are looked up, those of a sample before the work, later only those that could be read in two ways. The folder,
+which may hold a million files, is never listed; a refusal looks at the first of them for a hint.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import os
 import re
 import unicodedata
+import warnings
 from ast import literal_eval
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 """Tried in this order after a name without an ending, as product ids are used for names."""
 
 _MOST_PIECES = 64
+_LISTED = 10_000  # files of a folder that are read for a hint
 _PLAIN = re.compile(r"(?![./])[\w/.+-]*\.[A-Za-z]\w*", re.ASCII)  # only one way to spell it
+_URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _QUOTED = re.compile(r"""[ub]?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 
 
@@ -53,7 +56,7 @@ class ImageNames:
 
     def names(self, cell: Any) -> list[str]:
         """The names in a cell, as their files are spelt where they are there. Raises BadCell for what is no name."""
-        found = dict.fromkeys(self._settled(name) for name in self._list(cell))
+        found = dict.fromkeys(filter(None, map(self._settled, self._list(cell))))
         for name in found:
             if any("\ud800" <= letter <= "\udfff" for letter in name) and not self.exists(name):
                 raise BadCell("image holds half a character (a lone surrogate)", shown(name))
@@ -76,7 +79,7 @@ class ImageNames:
         return f"several in a cell are separated by {_SEPARATORS[self.separator]}"
 
     def _settled(self, name: str) -> str:
-        if _PLAIN.fullmatch(name) or "://" in name:
+        if _PLAIN.fullmatch(name) or _URL.match(name):
             return name
         return self.locate(name) or name.replace("\\", "/").lstrip("/")
 
@@ -91,6 +94,8 @@ class ImageNames:
             cell = listed
         if cell is None or (isinstance(cell, float) and math.isnan(cell)):
             return []
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)  # as pandas writes ids beside missing ones
         if isinstance(cell, bool) or not isinstance(cell, (int, list)):
             raise BadCell("image is neither a name nor a list of names", shown(cell))
         names: list[str] = []
@@ -130,7 +135,7 @@ def explain_absence(folder: Path, names: Sequence[str], column: str) -> str:
     """Why none of these names is below the folder, as far as it can be told, and the way out."""
     first = f"none of {len(names)} image names of column {column!r} is a file below {folder} (first: {shown(names[0])})"
     names = names[:: -(-len(names) // 20)]
-    if sum("://" in name for name in names) * 2 > len(names):
+    if sum(_URL.match(name) is not None for name in names) * 2 > len(names):
         tail = "they are URLs: download the images first (img2dataset does) and give a column of their file names"
         return f"{first}; {tail} with --column image=NAME"
     for other in _folders_nearby(folder):
@@ -140,7 +145,32 @@ def explain_absence(folder: Path, names: Sequence[str], column: str) -> str:
     here = ImageNames(folder)
     if any(here.locate(re.split(r"[\\/]", name)[-1]) for name in names):
         return f"{first}; there are files of these names without the folders in front: remove those from the column"
+    if almost := almost_there(folder, names):
+        return f"{first}; {almost}: write the names as the files have them"
     return f"{first}; give the folder that the names start from with --images"
+
+
+def almost_there(folder: Path, names: Sequence[str]) -> str:
+    """A name without a file beside the file that it may mean, of another case or ending; "" for none found."""
+    for name in names[:20]:
+        parent, base = os.path.split(name)
+        if os.path.isabs(parent) or os.pardir in parent.split(os.sep):
+            continue
+        try:
+            with os.scandir(folder / parent) as entries:
+                there = {_folded(entry.name): entry.name for entry in islice(entries, _LISTED)}
+        except (OSError, ValueError):
+            continue
+        stems = {os.path.splitext(folded)[0]: found for folded, found in there.items()}
+        same, stem = there.get(_folded(base)), stems.get(os.path.splitext(_folded(base))[0])
+        if found := same or stem:
+            differs = "upper and lower case differ" if same else "its ending is another"
+            return f"instead of {shown(name)} there is {shown(os.path.join(parent, found))} ({differs})"
+    return ""
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _folders_nearby(folder: Path) -> Iterator[Path]:
@@ -153,11 +183,14 @@ def _folders_nearby(folder: Path) -> Iterator[Path]:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """A path as it is; with / for \\, below the folder, without a URL's query, unescaped, in both Unicode forms, with
-    an ending: each on top of those before."""
+    """A path as it is; out of a file URL, with / for \\, below the folder, without a URL's query, unescaped, in both
+    Unicode forms, with an ending: each on top of those before."""
     yield name
-    if not name or "://" in name:
+    if not name or _URL.match(name):
         return
+    if name[:7].casefold() == "file://":  # a host may follow
+        yield (name := "/" + name[7:].partition("/")[2])
+        yield (name := unquote(name))
     if "\\" in name or name.startswith("/"):
         yield (name := name.replace("\\", "/").lstrip("/"))
     if "?" in name:
@@ -168,7 +201,8 @@ def _spellings(name: str) -> Iterator[str]:
         yield unicodedata.normalize("NFC", name)
         yield unicodedata.normalize("NFD", name)
     if name and not re.search(r"\.[A-Za-z]\w{1,4}$", name):
-        yield from (name + ending for ending in ENDINGS)
+        whole = [name[:-2]] if re.fullmatch(r"\d+\.0", name) else []  # an id that pandas read as a number
+        yield from (stem + ending for stem in (name, *whole) for ending in ENDINGS)
 
 
 def _pieces(cell: str, separator: str) -> list[str]:
@@ -185,4 +219,13 @@ def _listed_in(cell: str) -> list[Any] | None:
         pass
     if not cell.endswith("]") or _QUOTED.sub("", cell[1:-1]).strip(", \n\t"):
         return None
-    return [literal_eval(quoted) for quoted in _QUOTED.findall(cell[1:-1])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own about backslashes that escape nothing
+        return [_unquoted(quoted) for quoted in _QUOTED.findall(cell[1:-1])]
+
+
+def _unquoted(quoted: str) -> Any:
+    try:
+        return literal_eval(quoted)
+    except (SyntaxError, ValueError):  # backslashes that are letters ('C:\\users'), line ends
+        return re.sub(r"\\([\\'\"])", r"\1", quoted[1:-1])

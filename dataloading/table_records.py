@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_CELL = 1 << 24
 """Characters of a cell; a longer one is an unclosed quote, and would fill the memory with the rest of the table."""
 
 _SNIFFED_LINES = 200
+_PREAMBLE = 20  # rows among which a header is looked for that is not the first
 _IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)\b", re.IGNORECASE)
 _EXCEL_LINE = re.compile(r'"?sep=(.)"?\1*\s*', re.IGNORECASE)
 
@@ -29,6 +31,7 @@ _WAYS_OUT = {  # by the first letter of a file that holds one value
     "[": "an array becomes lines by: jq -c '.[]' table.json > table.jsonl",
     "{": "objects over several lines become lines by: jq -c . table.json > table.jsonl",
 }
+_CUT = "this last line ends without a line end: complete the file if it was cut off, else mend or delete the line"
 
 
 class Record(NamedTuple):
@@ -86,6 +89,18 @@ class CsvSource:
             else:
                 yield Record(line, {name: cells[i] for i, name in places})
 
+    def header_below(self, known: Callable[[Sequence[str]], int]) -> str:
+        """A hint at a line under the first that names more columns, with whatever separator, or ""."""
+        best = max(1, known(self.columns))
+        for separator in (self.separator, *SEPARATORS.values()):
+            with suppress(ValueError):
+                for row in islice(_data_rows(self.text, separator, self.quotes), 1, _PREAMBLE):
+                    names = [_name(cell) for cell in row.cells]
+                    if known(names) > best:
+                        listed = ", ".join(filter(None, names[:10]))
+                        return f"line {row.line} seems to name them ({listed}): delete the lines before it"
+        return ""
+
     def _swallows(self, cells: list[str], wanted: Set[str]) -> str:
         """The column of a cell that holds the end of one row and the begin of another, or "".
 
@@ -127,14 +142,18 @@ class JsonSource:
                 continue
             except (ValueError, RecursionError) as error:
                 way_out = _WAYS_OUT.get(text.strip()[:1]) if line == 1 else None
-                reason = f"{error}; JSON lines hold an object a line; {way_out}" if way_out else str(error)
-                raise ValueError(f"{path}, line {line}: not valid JSON ({reason})") from error
+                way_out = way_out or (_CUT if not text.endswith(("\n", "\r")) else "mend or delete the line")
+                reason = f"{error}; JSON lines hold an object a line; {way_out}"
+                raise ValueError(f"{path}, line {line}: not valid JSON ({reason}); it begins {_begin(text)}") from error
             if not isinstance(row, dict):
-                wrong = f"expected a JSON object, found {type(row).__name__}"
-                raise ValueError(
-                    f"{path}, line {line}: {wrong}" + (f"; {_WAYS_OUT['[']}" if isinstance(row, list) else "")
-                )
+                way_out = _WAYS_OUT["["] if isinstance(row, list) else "mend or delete the line"
+                found = f"expected a JSON object, found {type(row).__name__}"
+                raise ValueError(f"{path}, line {line}: {found}; {way_out}; it begins {_begin(text)}")
             yield Record(line, {k: v for k, v in row.items() if wanted is None or k in wanted})
+
+
+def _begin(text: str) -> str:
+    return shown(text[:40])
 
 
 class _RepeatedKeyError(Exception):
@@ -247,10 +266,11 @@ def _broken(error: csv.Error, path: Path, first: int, text: str, separator: str)
         wrong = "the quoted cell that begins here never ends: close its quote"
     else:
         return f"{path}, line {line}: not valid CSV ({error})"
-    cell = shown(text[begin : begin + 40].splitlines()[0])
+    cell = _begin(text[begin:].splitlines()[0])
+    escaped = '; quotes written \\" are doubled by: sed \'s/\\\\"/""/g\'' if '\\"' in text else ""
     return (
         f"{path}, line {line}: {wrong}, or double each quote that belongs to the text "
-        f'(24"" monitor), or give --no-quotes where quotes are letters; it begins {cell}'
+        f'(24"" monitor), or give --no-quotes where quotes are letters{escaped}; it begins {cell}'
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .table_columns import Mapper, compact, is_known
-from .table_images import ImageNames, explain_absence
+from .table_images import ImageNames, almost_there, explain_absence
 from .table_records import CsvSource, JsonSource, Record
 from .table_values import BadCell, is_missing, strip
 
@@ -90,12 +90,23 @@ class NoImages(ValueError):
 
 @dataclass(frozen=True)
 class Look:
-    """Columns of images, how their cells are read, the names in the sample and how many of these are there."""
+    """Columns of images, how their cells are read, the names in the sample and those of them without a file."""
 
     columns: list[str]
     reader: ImageNames
     names: list[str]
-    found: int
+    absent: list[str]
+
+    @property
+    def found(self) -> int:
+        """How many of the names are there."""
+        return len(self.names) - len(self.absent)
+
+    def describe(self) -> str:
+        """What was found, for a report, with a hint at a name that is not there."""
+        hint = almost_there(self.reader.folder, self.absent)
+        found = f"{self.found} of {len(self.names)} looked up are below {self.reader.folder}"
+        return f"{self.reader.describe()}; {found}" + (f" ({hint})" if hint else "")
 
 
 def _look(scan: Scan, folder: Path, columns: list[str]) -> Look:
@@ -108,7 +119,7 @@ def _look_at(cells: list[Any], folder: Path, columns: list[str]) -> Look:
     reader = ImageNames(folder)
     reader.learn(cells)
     names = [name for cell in cells for name in _names(reader, cell)]
-    return Look(columns, reader, names, sum(map(reader.exists, names)))
+    return Look(columns, reader, names, [name for name in names if not reader.exists(name)])
 
 
 def look_up(mapper: Mapper, scan: Scan, folder: Path) -> Look:
@@ -126,7 +137,7 @@ def look_up(mapper: Mapper, scan: Scan, folder: Path) -> Look:
     named = next((look for look in looks if look.names), None)
     if named:
         raise NoImages(f"{mapper.table}: {explain_absence(folder, named.names, named.columns[0])}", named.names)
-    return looks[0] if looks else Look([], ImageNames(folder), [], 0)
+    return looks[0] if looks else Look([], ImageNames(folder), [], [])
 
 
 def _names(reader: ImageNames, cell: Any) -> list[str]:

@@ -72,7 +72,7 @@ class TextFile:
             found = f"byte 0x{error.object[error.start]:02x} ({error.reason})"
         return (
             f"{self.path}, line {line}: {found} is not {self.named}; name the table's encoding, such as "
-            "--encoding cp1252 (Western European Excel), gb18030 (Chinese) or cp932 (Japanese)"
+            "--encoding cp1252 (Western European Excel), mac_roman (Excel on a Mac), gb18030 (Chinese) or cp932"
         )
 
 

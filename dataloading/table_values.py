@@ -9,8 +9,14 @@ import re
 import unicodedata
 from typing import Any
 
-MISSING = frozenset(("nan", "null", "none", "n/a", "na", "#n/a", "<na>", "nat", "undefined", "-", "--"))
-"""What pandas, R, spreadsheets, databases and JavaScript write for a missing cell, whatever the case."""
+MISSING = frozenset(
+    (
+        *("nan", "-nan", "null", "(null)", "none", "nil", "n/a", "na", "<na>", "nat", "\\n", "undefined", "-", "--"),
+        *("#n/a", "#n/a n/a", "#na", "#null!", "#ref!", "#value!", "#name?", "#div/0!", "#num!", "#error!", "#spill!"),
+        *("1.#qnan", "-1.#qnan", "1.#ind", "-1.#ind", "[object object]"),
+    )
+)
+"""What pandas, R, spreadsheets, databases and JavaScript write for a missing or failed cell, whatever the case."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are not blanks
@@ -38,13 +44,14 @@ def clean(value: Any, field: str, *, required: bool = False) -> str:
     """The cell as one line of text; "" when it is missing. field: its name in reasons.
 
     Numbers become digits (a float that is whole without its ".0", as pandas writes ids beside missing ones). Runs of
-    blanks become one. Raises BadCell for lists, objects, booleans, infinities, control characters and lone
-    surrogates; where required also for marks of a missing value and for texts without a visible character, so
-    that a product whose title really is "None" is listed and not lost.
+    blanks become one, letters with accents one character (NFC), so that equal texts are equal. Raises BadCell for
+    lists, objects, booleans, infinities, control characters and lone surrogates; where required also for marks of a
+    missing value and for texts without a visible character, so that a product whose title really is "None" is listed
+    and not lost.
     """
     if value is None or value == "":
         return ""
-    text = " ".join(strip(_as_text(value, field)).split())
+    text = unicodedata.normalize("NFC", " ".join(strip(_as_text(value, field)).split()))
     if not text:
         return ""
     if _SURROGATE.search(text):

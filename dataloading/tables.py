@@ -10,7 +10,7 @@ for the rows.
 """
 
 import argparse
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 from .rejection import Rejection
 from .schema import SOURCES
 from .table_columns import Columns, Mapper, check_fields, is_known, parse_columns
-from .table_images import ImageNames
 from .table_records import SEPARATORS, CsvSource, JsonSource, open_csv
-from .table_scan import is_empty, look_up, scan_table
+from .table_scan import Look, is_empty, look_up, scan_table
 from .table_text import open_text, stamp_of
 from .table_values import BadCell, clean, clean_attribute, clean_id, printable
 
@@ -68,28 +67,23 @@ class Table:
         source: CsvSource | JsonSource,
         count: int,
         columns: Columns,
-        images: ImageNames,
+        images: Look,
         *,
-        found: int,
-        looked_up: int,
         stamp: tuple[int, int],
     ) -> None:
         self.name = source.text.path.name
         self.count = count
         self.columns = columns
-        self._source, self._images = source, images
-        self._found, self._looked_up = found, looked_up
-        self._stamp = stamp
+        self._source, self._images, self._stamp = source, images, stamp
 
     def summary(self) -> list[str]:
         """How the table was understood, in lines to print before any work."""
         kind = f"{self._source.describe()}, encoding {self._source.text.named}"
-        found = f"{self._found} of {self._looked_up} looked up are below {self._images.folder}"
         lines = [
             f"{self.name}: {self.count} row{'s' * (self.count != 1)}, {kind}",
             f"  columns: {self.columns.describe()}",
             *(f"  {note}" for note in self.columns.notes),
-            f"  images: {self._images.describe()}; {found}",
+            f"  images: {self._images.describe()}",
         ]
         return [printable(line) for line in lines]
 
@@ -140,7 +134,7 @@ class Table:
             raw_title, raw_category = before.title, before.category
         title = clean(raw_title, "title", required=True)
         category = clean(raw_category, "category", required=True)
-        images = tuple(name for column in columns.images for name in self._images.names(cells.get(column)))
+        images = tuple(name for column in columns.images for name in self._images.reader.names(cells.get(column)))
         for name, value in (("product", product), ("title", title), ("category", category), ("image", images)):
             if not value:
                 raise BadCell(f"no {name}")
@@ -187,15 +181,20 @@ def open_table(
         check_fields(columns)
         source = _open(path, columns, encoding, separator, quotes)
         stamp = stamp_of(path)
-        scan = scan_table(source, columns)
-        mapper = Mapper(str(path), scan.names, columns, filled=scan.filled, texts=scan.texts)
-        mapper.require()
+        try:
+            scan = scan_table(source, columns)
+            mapper = Mapper(str(path), scan.names, columns, filled=scan.filled, texts=scan.texts)
+            mapper.require()
+        except ValueError as error:
+            hint = source.header_below(_known(columns)) if isinstance(source, CsvSource) else ""
+            error.args = (f"{error}; {hint}" if hint else f"{error}",)
+            raise
         look = look_up(mapper, scan, images)
         mapping = mapper.columns(look.columns)
     except ValueError as error:
         error.args = (printable(str(error)),)  # names of columns and files may hold anything
         raise
-    return Table(source, scan.rows, mapping, look.reader, found=look.found, looked_up=len(look.names), stamp=stamp)
+    return Table(source, scan.rows, mapping, look, stamp=stamp)
 
 
 def _open(
@@ -211,13 +210,14 @@ def _open(
         if separator is not None or not quotes:
             raise ValueError(f"{path}: --separator and --no-quotes are for delimited tables, not for JSON lines")
         return JsonSource(text)
-    given = set(columns.values())
-
-    def known(names: Collection[str]) -> int:
-        return len({name for name in names if is_known(name) or name in given})
-
     letter = None if separator is None else _separator(separator)
-    return open_csv(text, separator=letter, quotes=quotes, tabs=kind in (".tsv", ".tab"), known=known)
+    return open_csv(text, separator=letter, quotes=quotes, tabs=kind in (".tsv", ".tab"), known=_known(columns))
+
+
+def _known(columns: Mapping[str, str]) -> Callable[[Collection[str]], int]:
+    """Counts the names of a header that are understood."""
+    given = set(columns.values())
+    return lambda names: len({name for name in names if is_known(name) or name in given})
 
 
 def _separator(given: str) -> str:

@@ -141,7 +141,9 @@ def test_a_missing_column_is_answered_with_those_found(tmp_path: Path, missing: 
 
 
 def test_a_table_without_a_header_says_that_the_first_line_names_the_columns(tmp_path: Path) -> None:
-    assert "the first line must name the columns, and it has: P1, chair" in refusal(tmp_path, "P1,chair,A,a.jpg\n" * 3)
+    message = refusal(tmp_path, "P1,chair,A,a.jpg\n" * 3)
+    assert "the first line must name the columns" in message and "and it has: P1, chair" in message
+    assert "delete the lines" not in message
 
 
 def test_a_wide_table_is_listed_in_part(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def test_lists_as_programs_write_them_into_a_cell(tmp_path: Path, cell: str) -> 
     assert rows[0].images == ("a.jpg", "b.jpg")
 
 
+@pytest.mark.parametrize("cell", [r"['C:\users\a.jpg', '\x.jpg']", "['a\n.jpg']", r"['\d.jpg', 'it\'s.jpg', '\']"])
+def test_lists_with_backslashes_that_are_letters(tmp_path: Path, cell: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (names, there) = images_of(tmp_path, cell, "a.jpg")
+    assert all(name.endswith(".jpg") or name == cell.replace("\\", "/") for name in names) and there == ["a.jpg"]
+
+
 def test_lists_of_json_lines(tmp_path: Path) -> None:
     cells = [["a.jpg"], ["a.jpg", None, " b.jpg ", "a.jpg", ""], ["red, big.jpg"], "c.jpg"]
     assert images_of(tmp_path, *cells) == [["a.jpg"], ["a.jpg", "b.jpg"], ["red, big.jpg"], ["c.jpg"]]
@@ -124,6 +133,8 @@ def test_cells_without_names_reject_their_row(tmp_path: Path, cell: Any, reason:
         ("a.jpg?width=640", "a.jpg"),
         ("0108775015", "0108775015.jpg"),
         (108, "108.png"),
+        (108.0, "108.png"),
+        ("108.0", "108.png"),
         ("cafe\u0301.jpg", "caf\u00e9.jpg"),
         ("u\u0308.jpg", "\u00fc.jpg"),
         ("\u00f6.jpg", "o\u0308.jpg"),
@@ -140,6 +151,9 @@ def test_spellings(tmp_path: Path, cell: Any, name: str) -> None:
 def test_absolute_paths_within_the_folder(tmp_path: Path) -> None:
     photos = image_folder(tmp_path)
     assert images_of(tmp_path, str(photos / "a.jpg")) == [[str(photos / "a.jpg")]]
+    (photos / "x y.jpg").touch()
+    for url in (f"file://{photos}/x%20y.jpg", f"file://localhost{photos}/x y.jpg"):
+        assert images_of(tmp_path, url) == [[str(photos / "x y.jpg")]]
     (tmp_path / "link").symlink_to(photos)
     assert ImageNames(tmp_path / "link").exists(str(photos / "b.jpg"))
 
@@ -172,6 +186,28 @@ def test_none_there(tmp_path: Path) -> None:
     message = refusal(tmp_path, rows_of("x.jpg", "y.jpg"), "t.jsonl")
     assert "none of 2 image names" in message and "'x.jpg'" in message and "--images" in message
     assert "x;lost,list" in refusal(tmp_path, rows_of("x;lost,list"), "t.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("A.JPG", "instead of 'A.JPG' there is 'a.jpg' (upper and lower case differ)"),
+        ("./B.jpeg", "instead of './B.jpeg' there is './b.jpg' (its ending is another)"),
+        ("sub/c.png", "instead of 'sub/c.png' there is 'sub/c.jpg' (its ending is another)"),
+        ("file:///elsewhere/sub/c.png", ""),
+        ("../photos/A.JPG", ""),
+        ("none/a.jpg", ""),
+        ("nul\0/a.jpg", ""),
+    ],
+)
+def test_a_file_of_almost_that_name_is_named(tmp_path: Path, name: str, hint: str) -> None:
+    photos = image_folder(tmp_path)
+    (photos / "sub").mkdir()
+    (photos / "sub" / "c.jpg").touch()
+    message = refusal(tmp_path, rows_of(name), "t.jsonl")
+    assert hint in message and ("instead of" in message) == bool(hint)
+    summary = table_of(tmp_path, rows_of("a.jpg", name), "t.jsonl").summary()[-1]
+    assert "1 of 2 looked up" in summary and hint in summary
 
 
 def test_the_folder_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

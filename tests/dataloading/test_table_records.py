@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,25 @@ def test_a_header_of_several_lines_and_odd_letters(tmp_path: Path) -> None:
     assert rows[0].product == "P1" and rows[0].title == "a"
     long = "z" * 500
     assert "x\\x07y, 'zz" in refusal(tmp_path, f'x\x07y,{long},"a\nb"\n1,2,3\n')
+
+
+def test_backslashes_before_quotes_are_told_how_to_double_them(tmp_path: Path) -> None:
+    content = HEADER + 'P1,"24\\" monitor",A,a.jpg\n'
+    message = refusal(tmp_path, content)
+    command = message.partition("doubled by: ")[2].partition("; it begins")[0]
+    doubled = subprocess.run([*shlex.split(command), str(tmp_path / "t.csv")], capture_output=True, check=True).stdout
+    assert read(tmp_path, doubled)[0][0].title == '24" monitor'
+
+
+@pytest.mark.parametrize(
+    "above",
+    ["# exported 2026-01-01\n", "Products of spring,,,\n,,,\n", "a\tb\n", '"a ""quoted"" line"\n\n', "one;two;three\n"],
+)
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_header_below_the_first_line_is_pointed_at(tmp_path: Path, above: str, separator: str) -> None:
+    content = above + (HEADER + "".join(ROWS)).replace(",", separator)
+    line = above.count("\n") + 1
+    assert f"line {line} seems to name them (product, title, category, image): " in refusal(tmp_path, content)
 
 
 def test_quotes_may_be_letters(tmp_path: Path) -> None:
@@ -264,8 +285,11 @@ def test_a_repeated_key_rejects_its_row(tmp_path: Path) -> None:
         ("[" * 100_000, "line 1: not valid JSON"),
         ('{"product": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
         ("product,title\n", "line 1: not valid JSON"),
+        ('{"product": 1}\n{"product": 2, "tit', "line 2: not valid JSON"),
+        ('{"product": 1}\n{"product": 2, "tit', "complete the file if it was cut off"),
+        ('{"product": 1}\n{"product": 2, "tit\n', 'mend or delete the line); it begins \'{"product": 2, "tit'),
+        ("{'product': 1}\n", "it begins \"{'product': 1}"),
     ],
-    ids=["cut", "cut after blanks", "two", "array", "array in a line", "pretty", "text", "deep", "long number", "csv"],
 )
 @pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
 def test_broken_json_is_named_by_its_line(tmp_path: Path, content: str, message: str, name: str) -> None:

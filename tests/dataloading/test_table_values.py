@@ -64,6 +64,7 @@ def test_what_is_no_text_rejects_its_row(tmp_path: Path, field: str, value: Any,
         (float("nan"), "a mark for a missing value"),
         *((text, "a mark for a missing value") for text in ("nan", "NaN", "Nan", "null", "NULL", "None", "none")),
         *((text, "a mark for a missing value") for text in ("N/A", "n/a", "NA", "#N/A", "<NA>", "NaT", " nan ", "-")),
+        *((text, "a mark for a missing value") for text in ("\\N", "#REF!", "#VALUE!", "(null)", "[object Object]")),
     ],
 )
 def test_missing_cells_reject_their_row(tmp_path: Path, field: str, value: Any, why: str) -> None:
@@ -104,7 +105,8 @@ def test_marks_for_missing_cells_in_csv(tmp_path: Path, mark: str) -> None:
         ("👨‍👩‍👧", "👨‍👩‍👧"),
         ("...", "..."),
         ("می‌خواهم", "می‌خواهم"),
-        ("e\u0301", "e\u0301"),
+        ("e\u0301", "\u00e9"),
+        ("\u1100\u1161", "\uac00"),
         ("a" + " " * 500_000 + "b", "a b"),
         ("\ufffd", "\ufffd"),
     ],
