@@ -46,7 +46,8 @@ def check_features(image: Tensor, text: Tensor, *, more_texts: bool, may_be_empt
 def as_one_number(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """A tensor of one element: `value` itself, or a number as a constant on the device of `like`."""
     if not isinstance(value, Tensor):
-        if not math.isfinite(value):
+        # Not math.isfinite: under torch.compile(dynamic=True) the value is a symbol, which can only be compared.
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name}={value} is not finite; clamp it")
         return like.new_full((), value, dtype=accumulate_dtype(like.dtype))
     if value.numel() != 1 or not value.is_floating_point():

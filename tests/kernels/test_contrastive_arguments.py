@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from eclip.kernels.contrastive_loss import contrastive_loss
+from eclip.kernels.sigmoid_loss import sigmoid_loss
 
 ONES = torch.ones(3, 4)
 IDS = torch.arange(3)
@@ -44,3 +46,19 @@ def test_errors_name_the_value(change: dict[str, Any], message: str) -> None:
     arguments = {"image_features": ONES, "text_features": ONES, "logit_scale": 1.0, **change}
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
+
+
+@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
+def test_no_check_breaks_a_graph_whose_sizes_and_numbers_are_symbols(positives: str) -> None:
+    """torch.compile(dynamic=True): numbers that are passed can be compared, but not formatted nor taken apart."""
+
+    def both(image: Tensor, text: Tensor, ids: Tensor, scale: float, bias: float) -> Tensor:
+        ids_of = {} if positives == "diagonal" else {"image_ids": ids, "text_ids": ids}
+        loss = contrastive_loss(image, text, scale, positives=positives, **ids_of)
+        return loss + sigmoid_loss(image, text, scale, bias)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count, scale in ((4, 10.0), (5, 20.0)):
+        arguments = torch.randn(count, 8), torch.randn(count, 8), torch.arange(count) % 3, scale, -1.0
+        torch.testing.assert_close(compiled(*arguments), both(*arguments))
