@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from .errors import DataError
 from .pipeline import Bad, BatchSource
 from .sampling import Sampler
 from .schema import Batch
@@ -165,7 +166,13 @@ class ProductLoader:
         pipeline = self._open()
         try:
             while True:
-                batch, bad = next(pipeline)
+                try:
+                    batch, bad = next(pipeline)
+                except MemoryError as error:
+                    raise DataError(
+                        f"step {self._step}: no memory for its batch ({error}); use fewer --num-workers or a smaller "
+                        f"--global-batch-size"
+                    ) from error
                 new = {key: reason for key, reason in bad.items() if key not in self.corrupt}
                 for key, reason in new.items():
                     self.corrupt[key] = reason

@@ -12,6 +12,7 @@ the parent sends, one for each item it took.
 import atexit
 import contextlib
 import ctypes
+import errno
 import mmap
 import multiprocessing
 import multiprocessing.util
@@ -102,7 +103,10 @@ class Workers:
                 f"({error}); use fewer --num-workers or a smaller --global-batch-size"
             ) from error
         slots = [np.frombuffer(memory, np.uint8, slot_bytes, i * slot_bytes) for i in range(self.ahead)]
-        mine, its = socket.socketpair()
+        try:
+            mine, its = socket.socketpair()
+        except OSError as error:
+            raise _no_worker(w, count, error) from error
         siblings = [worker.socket for worker in self._workers]
         series = range(self._first + w, sys.maxsize, count)
         process = multiprocessing.get_context("fork").Process(
@@ -114,9 +118,7 @@ class Workers:
             process.start()
         except OSError as error:
             mine.close()
-            raise DataError(
-                f"data worker {w + 1} of {count} cannot be started ({error}); lower --num-workers"
-            ) from error
+            raise _no_worker(w, count, error) from error
         finally:
             its.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -188,6 +190,11 @@ def _end_all() -> None:
 # At its exit multiprocessing ends its children by SIGTERM, which workers ignore, and waits for them. Exit functions run
 # last registered first: ours before that of multiprocessing.util, which is imported above.
 atexit.register(_end_all)
+
+
+def _no_worker(w: int, count: int, error: OSError) -> DataError:
+    limit = " or raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+    return DataError(f"data worker {w + 1} of {count} cannot be started ({error}); lower --num-workers{limit}")
 
 
 def _death(process: multiprocessing.process.BaseProcess) -> str:
@@ -264,7 +271,7 @@ def _serve(
 
 def _pickled(error: Exception) -> bytes:
     """An error of the data as it is; of our own, with the traceback that its parent cannot have."""
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | MemoryError):
         try:
             data = pickle.dumps(error)
             pickle.loads(data)

@@ -233,6 +233,17 @@ def test_store_that_does_not_answer_is_named(index, tokenizer, monkeypatch, deco
         answer.set()
 
 
+@pytest.mark.parametrize(("decoder", "workers"), [("torch", 0), ("torch", 1), ("dali", 1)])
+def test_batch_that_memory_does_not_hold_is_one_line(index, tokenizer, monkeypatch, decoder, workers):
+    def refuse(self, row):
+        raise MemoryError("no 9 GiB")
+
+    monkeypatch.setattr(ShardIndex, "read_image", refuse)
+    stream = iter(loader(index, tokenizer, decoder=decoder, num_workers=workers))
+    with pytest.raises(DataError, match=r"step 0: no memory for its batch \(no 9 GiB\); use .*--global-batch-size"):
+        next(stream)
+
+
 def test_limit_is_for_a_batch_not_for_its_use(index, tokenizer):
     stream = iter(loader(index, tokenizer, num_workers=1, stall_seconds=5))
     assert [next(stream).step for _ in range(6)] == list(range(6))

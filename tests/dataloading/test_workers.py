@@ -1,8 +1,10 @@
 """Data workers: killed, stopped, stalled, orphaned; whatever happens to them is one line and leaves no process."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -100,6 +102,7 @@ class Odd(ValueError):
         (DataError("train-000000.tar: short"), DataError, "train-000000.tar: short"),
         (OSError(5, "Input/output error", "f"), OSError, "Input/output error"),
         (Odd("a", "b"), DataError, "a b"),
+        (MemoryError("no 9 GiB"), MemoryError, "no 9 GiB"),
         (KeyError("k"), RuntimeError, "in make"),
     ],
 )
@@ -263,6 +266,15 @@ def test_workers_die_with_their_parent(how, work):
 def test_memory_that_cannot_be_had():
     with pytest.raises(DataError, match="memory for its batches .*--num-workers"):
         workers(slot_bytes=1 << 60)
+
+
+def test_files_that_cannot_be_had(monkeypatch):
+    def refuse():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with pytest.raises(DataError, match=r"worker 1 of 2 cannot be started .*--num-workers or .*\(ulimit -n\)"):
+        workers()
 
 
 def test_processes_that_cannot_be_had(monkeypatch):
