@@ -1,14 +1,22 @@
-"""What the commands of this folder share: a refusal is one line, and a signal ends them after they cleaned up."""
+"""What the commands of this folder share: a refusal is one line, and a signal ends them after they cleaned up.
+
+Nobody need listen: a reader that left (`| head`), a closed terminal or a full disk under the output stops no work.
+"""
 
 import argparse
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
+from tqdm import tqdm
+
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""A scheduler's and a closed terminal's way to end a command."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,11 +31,60 @@ class Parser(argparse.ArgumentParser):
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception, so that what is half done is undone on the way out."""
 
+    number = signal.SIGTERM
+
+
+class HungUp(Terminated):
+    """SIGHUP: the terminal was closed."""
+
+    number = signal.SIGHUP
+
+
+class Unheard:
+    """A stream, or None as Python has it for a closed one, that may fail: what cannot be written is dropped.
+
+    Letters that its encoding lacks are escaped.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write as far as that is possible."""
+        if self._stream is not None:
+            encoding = self._stream.encoding or "utf-8"
+            with self._failing():
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flush as far as that is possible."""
+        if self._stream is not None:
+            with self._failing():
+                self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # the second of one closed meanwhile
+            lost, self._stream = self._stream, None
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                # Python flushes what is left once more when it ends, and would end with status 120.
+                os.dup2(nowhere.fileno(), lost.fileno() if lost else -1)
+
 
 def say(line: str) -> None:
-    """Print a line whatever the terminal's encoding: letters that it lacks are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    """Print a line where somebody listens."""
+    print(line, file=Unheard(sys.stdout), flush=True)
+
+
+def progress_bar(total: int, *, unit: str, desc: str, disable: bool) -> "tqdm[NoReturn]":
+    """A bar on standard error, where somebody listens."""
+    stream: Any = Unheard(sys.stderr)
+    return tqdm(total=total, unit=unit, desc=desc, disable=disable, mininterval=0.5, file=stream)
 
 
 def die_with_parent() -> None:
@@ -37,28 +94,34 @@ def die_with_parent() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the clean-up is not to be interrupted
-    raise Terminated
+    for ending in _ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)  # once: the clean-up is not to be interrupted
+    raise HungUp if number == signal.SIGHUP else Terminated
 
 
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Turn ValueError and OSError into one line and exit status 1, SIGTERM into 143 and Ctrl-C into 130.
+    """Turn ValueError and OSError into one line and exit status 1, SIGTERM into 143, SIGHUP 129 and Ctrl-C 130.
 
-    For the main thread of a command.
+    For the main thread of a command. What is ignored (SIGHUP under nohup) stays so.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     try:
         yield
     except (ValueError, OSError) as error:
         _end(f"{prog}: error: {error}", 1)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        _end(f"{prog}: {stop or 'stopped'} ({'SIGTERM' if terminated else 'Ctrl-C'})", 143 if terminated else 130)
+        ending = stop.number if isinstance(stop, Terminated) else signal.SIGINT
+        name = "Ctrl-C" if ending == signal.SIGINT else ending.name
+        _end(f"{prog}: {str(stop) or 'stopped'} ({name})", 128 + ending)
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _end(line: str, status: int) -> NoReturn:
-    print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
+    print(" ".join(line.splitlines()), file=Unheard(sys.stderr), flush=True)
     raise SystemExit(status)

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer
-from .command import Parser, die_with_parent, one_line_errors, say
+from .command import Parser, die_with_parent, one_line_errors, progress_bar, say
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
@@ -178,7 +178,8 @@ _plan: _Plan | None = None
 
 def _start_worker(plan: _Plan) -> None:
     global _plan
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    for number in (signal.SIGINT, signal.SIGHUP):  # these reach the whole group; the parent ends the pool
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     _plan = plan
 
@@ -285,7 +286,7 @@ def _pack(data_dir: Path, plan: _Plan, expected: str, workers: int, progress: bo
     with replace_shards(data_dir) as folder:
         with (
             _workers(workers, plan) as compose_all,
-            tqdm(total=total, unit="img", desc="composing", disable=not progress, mininterval=0.5) as bar,
+            progress_bar(total, unit="img", desc="composing", disable=not progress) as bar,
         ):
             for split in SPLITS:
                 positions = [p for p, side in enumerate(plan.sides) if side == split]

@@ -31,7 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .catalog_split import check_shares, require_entries, split_of
-from .command import Parser, one_line_errors, say
+from .command import Parser, one_line_errors, progress_bar, say
 from .gather import Draft, gather, to_sample
 from .image_folder import ImageFolder, decoding_threads
 from .images import MIN_SIDE, encode_image
@@ -120,7 +120,7 @@ def pack_catalog(
             require_entries((draft.product.catalog for draft in drafts), val, test)
             with (
                 replace_shards(data_dir) as aside,
-                tqdm(total=len(drafts), unit="product", desc="packing", disable=not progress, mininterval=0.5) as bar,
+                progress_bar(len(drafts), unit="product", desc="packing", disable=not progress) as bar,
             ):
                 _write(drafts, folder, aside, report, bar, val=val, test=test, workers=workers)
                 if report.rejected:

@@ -158,7 +158,7 @@ def _reason(data_dir: Path, error: OSError) -> str:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Keep SIGTERM and Ctrl-C for the end of the block: some renames, milliseconds.
+    """Keep SIGTERM, SIGHUP and Ctrl-C for the end of the block: some renames, milliseconds.
 
     By their handlers: a blocked signal would still reach the main thread's handler through any other thread.
     """
@@ -166,7 +166,7 @@ def _signals_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     for number in before:
         signal.signal(number, lambda number, _: came.append(number))
     try:
