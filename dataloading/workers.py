@@ -84,7 +84,7 @@ class Workers:
         stall_seconds: float,
     ):
         self.next, self.ahead, self.stall_seconds = first, ahead, stall_seconds
-        self._first = first
+        self._first, self._pid = first, os.getpid()
         self._workers: list[_Worker] = []
         _living.add(self)
         try:
@@ -172,6 +172,8 @@ class Workers:
     def close(self) -> None:
         """Kill the workers: no other signal ends one that is stopped, and none of them holds anything to be saved."""
         workers, self._workers = self._workers, []
+        if os.getpid() != self._pid:  # a fork of the process whose workers they are, which ends or drops its copy
+            return
         for worker in workers:
             worker.process.kill()
         for worker in workers:
@@ -201,7 +203,9 @@ def _death(process: multiprocessing.process.BaseProcess) -> str:
     """How a worker ended that closed its socket."""
     process.join(5)
     code = process.exitcode
-    if code is None or code >= 0:
+    if code is None:
+        return "has died (of what is not known, since this process was started with SIGCHLD ignored)"
+    if code >= 0:
         return f"ended with status {code}; its last words are above"
     why = _SIGNALS.get(signal.Signals(-code), "it did not end by itself")
     return f"was killed by {signal.Signals(-code).name}: {why}"

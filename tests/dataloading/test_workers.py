@@ -187,6 +187,29 @@ def test_worker_stopped_in_the_middle_of_an_item():
     pool.close()
 
 
+def test_fork_of_the_parent_that_ends_leaves_the_workers_alone():
+    pool = workers(ahead=1)
+    child = multiprocessing.get_context("fork").Process(target=pool.close)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert [pool.take(unpack)[0] for _ in range(6)] == list(range(5, 11))
+    pool.close()
+
+
+def test_death_of_a_worker_that_nobody_may_wait_for():
+    """A launcher that ignores SIGCHLD hands that down; the kernel then keeps no status."""
+    own = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        pool = workers(no_item)
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match=r"data worker 1 of 2 \(pid \d+\) has died \(of what is not known"):
+            pool.take(unpack)
+        pool.close()
+    finally:
+        signal.signal(signal.SIGCHLD, own)
+
+
 def test_closing_does_not_wait_for_full_pipes():
     pool = workers(lambda number, slot: bytes(5_000_000), count=3)
     wait_until(lambda: all(worker.socket.recv(1, 2) for worker in pool._workers))
