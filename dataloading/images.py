@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .colour import to_srgb
+from .file_kinds import HEAD, file_kind
 
 MAX_PIXELS = 80_000_000  # 240 MB as RGB; from 89.5 million on Pillow suspects a decompression bomb
 MIN_SIDE = 32
@@ -37,6 +38,17 @@ _FILES = (
     *STORED, "AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI",
     "TGA", "TIFF", "XBM", "XPM",
 )  # fmt: skip
+
+_HEIC = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx mif1 msf1 heif".split())
+_UNREAD = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
+    (b"\0\x05\x16\x07", "macOS's file of attributes (._ in front of an image's name)"),
+)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -130,6 +142,15 @@ class OpenedImage:
         return (height, width) if self.orientation >= 5 else (width, height)
 
 
+def _kind(data: bytes) -> str:
+    """What a file is that Pillow knows not to be an image it reads, as a reason; "" for one not known here."""
+    kind = "HEIC" if data[4:12] in _HEIC else next((kind for start, kind in _UNREAD if data.startswith(start)), None)
+    kind = "SVG" if b"<svg" in data[:HEAD] else kind
+    if kind:
+        return f"{kind} is not read here: convert to JPEG first"
+    return f"no image but {kind}" if (kind := file_kind(data[:HEAD])) else ""
+
+
 def open_image(data: bytes, formats: tuple[str, ...] = STORED) -> OpenedImage:
     """Parse the header of an image's bytes. Raises CorruptImageError, for more than MAX_PIXELS too."""
     if not data:
@@ -139,9 +160,8 @@ def open_image(data: bytes, formats: tuple[str, ...] = STORED) -> OpenedImage:
         try:
             image = Image.open(io.BytesIO(data), formats=formats)
         except UnidentifiedImageError as error:
-            if data[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc"):
-                raise CorruptImageError("HEIC is not read here: convert to JPEG first") from error
-            raise CorruptImageError(f"not a readable {kinds} header", f"starts with {data[:12]!r}") from error
+            reason = _kind(data) or f"not a readable {kinds} header"
+            raise CorruptImageError(reason, f"starts with {data[:12]!r}") from error
         check_pixels(*image.size)
         if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
             image.load()  # the block may stand behind the pixels
