@@ -18,7 +18,7 @@ class Draft:
     """A product gathered from its rows; images are (path, sku, source, title)."""
 
     product: Product
-    images: list[tuple[str, str, str, str]] = field(default_factory=list)
+    images: dict[tuple[str, str, str, str], None] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
@@ -37,9 +37,13 @@ def _key(product: str) -> str:
 def gather(rows: Iterable[Row], table: str, rejected: list[Rejection]) -> list[Draft]:
     """The products of a table in the order of their first rows, which give their facts.
 
-    table: its name, for what is added to `rejected`: rows that say another category than the first.
+    table: its name, for what is added to `rejected`: rows that say another category than the first, or nothing new.
     """
     drafts: dict[str, Draft] = {}
+
+    def reject(row: Row, reason: str, detail: str) -> None:
+        rejected.append(Rejection(kind="row", where=f"{table}, row {row.number}", reason=reason, detail=detail))
+
     for row in rows:
         draft = drafts.get(row.product)
         if draft is None:
@@ -55,11 +59,12 @@ def gather(rows: Iterable[Row], table: str, rejected: list[Rejection]) -> list[D
             draft = drafts[row.product] = Draft(product)
         elif draft.product.category != row.category:
             reason = "category differs from that of the product's first row"
-            detail = f"{row.category!r} instead of {draft.product.category!r}"
-            where = f"{table}, row {row.number}"
-            rejected.append(Rejection(kind="row", where=where, reason=reason, detail=detail))
+            reject(row, reason, f"{row.category!r} instead of {draft.product.category!r}")
             continue
-        draft.images += [(path, row.sku, row.source, row.title) for path in row.images]
+        before = len(draft.images)
+        draft.images.update(((path, row.sku, row.source, row.title), None) for path in row.images)
+        if len(draft.images) == before:
+            reject(row, "repeats images of the product's earlier rows, with the same facts", row.images[0])
     return list(drafts.values())
 
 

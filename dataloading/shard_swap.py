@@ -67,9 +67,13 @@ def own(data_dir: Path, *, wait: bool) -> Iterator[None]:
                 FileExistsError: "it is a file",
                 NotADirectoryError: "part of its path is a file",
             }
-            reason = reasons.get(type(error), error.strerror)
+            reason = "it is a link to nowhere" if _dangles(data_dir) else reasons.get(type(error), error.strerror)
             raise ValueError(f"{data_dir}: cannot be a folder of shards ({reason}); choose another one") from None
         yield
+
+
+def _dangles(path: Path) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _recover(data_dir: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ValueError, match="cannot be a folder of shards .* choose another one") as error:
         pack(folder, "first")
     assert str(folder) in str(error.value) and (tmp_path / "file").read_text() == "mine"
+    assert ("it is a link to nowhere" in str(error.value)) == (kind == "dangling link")
 
 
 def test_a_second_packing_is_refused_or_waits(packed: Path) -> None:
