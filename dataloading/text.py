@@ -24,6 +24,7 @@ _PRIVATE = 0xF0000  # first code point of the private planes, which titles do no
 # BERT's uncased vocabularies hold at most a few pieces that lower-cased text never has, cased ones a quarter and more.
 _MOST_CAPITALS, _MOST_ACCENTS = 0.05, 0.01
 _MOST_UNKNOWN = 0.1
+_SHOWN_LETTERS = 30  # of an unknown word, in a message
 _SAMPLE = 2000  # texts on which the share of unknown pieces is counted: 0.1 s
 
 
@@ -151,7 +152,7 @@ class WordPiece:
             unknown.update(text[start:end] for piece, (start, end) in found if piece == self.unk_id)
         share = unknown.total() / max(1, total)
         if share > _MOST_UNKNOWN:
-            words = ", ".join(repr(word) for word, _ in unknown.most_common(5))
+            words = ", ".join(repr(word[:_SHOWN_LETTERS]) for word, _ in unknown.most_common(5))
             raise ValueError(
                 f"{where}: {share:.0%} of the pieces of the catalogue's text are unknown to it, at most "
                 f"{_MOST_UNKNOWN:.0%} may be (e.g. {words}); {advice}"

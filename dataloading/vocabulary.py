@@ -1,6 +1,6 @@
 """Reading a BERT vocab.txt: one piece a line, the line's number is its id; and what other files are taken for one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .file_kinds import HEAD, file_kind
@@ -31,7 +31,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     vocab = _numbered(lines, path)
     absent = [name for name in SPECIALS if name not in vocab]
     if absent:
-        kind = _kind_by_pieces(vocab)
+        kind = _near_miss(lines, absent[0]) or _kind_by_pieces(vocab)
         raise ValueError(f"{path}: no {', '.join(absent)}; {kind}a BERT vocabulary holds all of {', '.join(SPECIALS)}")
     return vocab
 
@@ -66,10 +66,19 @@ def _other_kind(data: bytes) -> str | None:
     return None
 
 
+def _near_miss(lines: Sequence[str], special: str) -> str:
+    """A remark on the line that holds a special piece and more: its count, quotes, blanks, the whole vocabulary."""
+    for i, line in enumerate(lines):
+        if (at := line.lower().find(special.lower())) >= 0:
+            shown = line[max(0, at - 5) : at + len(special) + 15]
+            return f"line {i + 1} is {shown!r}: every line must be a piece and nothing else: "
+    return ""
+
+
 def _kind_by_pieces(vocab: Mapping[str, int]) -> str:
     """A remark on what a vocabulary without BERT's specials is."""
     pieces = list(vocab)[:1000]
-    if any(piece.startswith("▁") for piece in pieces) or any("\t" in piece for piece in pieces[:10]):
+    if any(piece.startswith(("▁", "<unk>\t")) for piece in pieces):
         return "it is a SentencePiece vocabulary (T5, XLM-R, ALBERT), which is not read here: "
     if {"<s>", "<pad>", "</s>", "<unk>"} & vocab.keys() or any(piece.startswith("Ġ") for piece in pieces):
         return "it is a byte-pair vocabulary (GPT-2, CLIP, RoBERTa), which is not read here: "

@@ -44,6 +44,13 @@ def test_a_carriage_return_within_a_line_and_an_empty_piece(tmp_path):
         (b"", "empty"),
         (lines("a", "b", "a", "b"), r"'a' stands in lines 6 and 8 \(2 pieces occur twice\)"),
         ("[PAD]\n[UNK]\nred\n", r"no \[CLS\], \[SEP\], \[MASK\]; a BERT vocabulary"),
+        (
+            "\n".join(f"{piece}\t{i}" for i, piece in enumerate((*SPECIALS, "red"))),
+            r"line 1 is '\[PAD\]\\t0': every line",
+        ),
+        (lines("red", end=" \n"), r"line 1 is '\[PAD\] ': every line must be a piece and nothing else"),
+        (lines("red", end="\r"), r"line 1 is '\[PAD\]\\r\[UNK\]"),
+        (lines("red").lower(), r"line 1 is '\[pad\]'"),
         (lines("für").encode("latin-1"), "line 6 is not UTF-8"),
         (lines("red").encode("utf-16"), "UTF-16"),
         (lines("sofa").encode("utf-16-le"), "binary"),

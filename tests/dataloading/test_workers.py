@@ -197,17 +197,15 @@ def test_fork_of_the_parent_that_ends_leaves_the_workers_alone():
     pool.close()
 
 
-def test_death_of_a_worker_that_nobody_may_wait_for():
+def test_death_of_a_worker_that_nobody_may_wait_for(monkeypatch):
     """A launcher that ignores SIGCHLD hands that down; the kernel then keeps no status."""
-    own = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    try:
-        pool = workers(no_item)
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+    pool = workers(no_item)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "exitcode", None)
+        pool._workers[0].process.kill()
         with pytest.raises(DataError, match=r"data worker 1 of 2 \(pid \d+\) has died \(of what is not known"):
             pool.take(unpack)
-        pool.close()
-    finally:
-        signal.signal(signal.SIGCHLD, own)
+    pool.close()
 
 
 def test_closing_does_not_wait_for_full_pipes():
