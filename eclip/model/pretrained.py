@@ -9,23 +9,19 @@ Letters: D width, M and G patches along a side in the file and in the model.
 """
 
 import logging
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eclip.dataloading.file_kinds import HEAD, file_kind
 from eclip.model.image_encoder import ImageEncoder
 from eclip.model.text_encoder import TextEncoder
+from eclip.model.weights_file import Names, WeightsFile
 
 log = logging.getLogger(__name__)
-
-Names = Mapping[str, tuple[str, ...]]
 
 # Embeddings are padded to a multiple of 8 to 1024 rows; more of them are those of another vocabulary.
 _MOST_PADDING = 1024
@@ -77,152 +73,6 @@ HUGGING_FACE_BERT: Names = {
 }
 TIMM: Names = {}
 """Our own names; also those of a tower saved from this model."""
-
-# Parts of published files that belong to no tower: pretraining and classification heads, constants.
-UNUSED = re.compile(r"pooler\.|head|classifier\.|cls\.|(embeddings\.)?mask_token$|embeddings\.position_ids$")
-
-
-def _kind(path: Path) -> str | None:
-    """What a file is that is no safetensors file, and what to do; None for one that begins like it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(HEAD)
-    kind = file_kind(head)
-    if head.startswith(b"PK") or (kind and "pickle" in kind):
-        return (
-            "a PyTorch file (.bin, .pt, .pth), which may run code when it is read; give the model's .safetensors, or "
-            "write one with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
-        )
-    if head.lstrip().startswith(b"{"):
-        return "JSON, perhaps the index of weights in several files; give one .safetensors file that holds the tower"
-    if kind:
-        return f"{kind}; download it again"
-    header = int.from_bytes(head[:8], "little")
-    if len(head) > 8 and head[8:9] == b"{" and 8 + header > size:
-        return f"truncated: its header alone has {header} bytes, the file {size}; download it again"
-    return None
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The file's tensors. Raises ValueError, one line, for a file of another kind or a damaged one."""
-    try:
-        kind = _kind(path)
-        if kind is None:
-            return load_file(path)
-    except Exception as error:  # safetensors raises its own SafetensorError, which derives from Exception alone
-        words = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable safetensors file ({words}); download it again") from error
-    raise ValueError(f"{path}: not a readable safetensors file but {kind}")
-
-
-def _towers(tensors: Mapping[str, Tensor], families: Mapping[str, Names]) -> dict[str, Names]:
-    """The beginning of the names of each tower in the file, and its table."""
-    return {
-        key.removesuffix(marker): names
-        for marker, names in families.items()
-        for key in tensors
-        if key == marker or key.endswith(f".{marker}")
-    }
-
-
-def _of(tensors: Mapping[str, Tensor], prefix: str, towers: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of the tower that begins so, without that beginning, and not those of a tower within it."""
-    within = tuple(p for p in towers if p != prefix and p.startswith(prefix))
-    # BERT files converted from TensorFlow call a LayerNorm's weight and bias gamma and beta.
-    return {
-        re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key))
-        .removeprefix(prefix): value
-        for key, value in tensors.items()
-        if key.startswith(prefix) and not (within and key.startswith(within))
-    }  # fmt: skip
-
-
-def _meant(towers: Collection[str], tower: str | None) -> list[str]:
-    """The prefixes that `tower` says: that very one, else those that begin with it."""
-    if tower is None:
-        return list(towers)
-    start = f"{tower.rstrip('.')}." if tower else ""
-    return [start] if start in towers else [prefix for prefix in towers if prefix.startswith(start)]
-
-
-class WeightsFile:
-    """One tower's tensors of a file, without their common prefix (`vit.`, `bert.`), counted off as they are read."""
-
-    def __init__(self, path: Path, families: Mapping[str, Names], *, tower: str | None, flag: str) -> None:
-        """`families`: from a tensor that tells a naming scheme to its table. tower: the beginning of the names of the
-        tower that is meant, where the file has several; flag: the setting that gives it.
-
-        Raises ValueError when there is none, or more than one.
-        """
-        self.path = path
-        tensors = _read(path)
-        towers = _towers(tensors, families)
-        if not towers:
-            raise ValueError(
-                f"{path}: none of {', '.join(families)} is in this file; it holds no tower of a known kind"
-            )
-        wanted = _meant(towers, tower)
-        if len(wanted) != 1:
-            counts = ", ".join(
-                f"{p.rstrip('.') or repr('')} ({len(_of(tensors, p, towers))} tensors)"
-                for p in sorted(wanted or towers)
-            )
-            missing = "" if wanted else f"no tower {tower!r}; "
-            raise ValueError(f"{path}: {missing}it holds {counts}; say which with {flag}")
-        self.names = towers[wanted[0]]
-        self.tensors = _of(tensors, wanted[0], towers)
-        self.unread = set(self.tensors)
-
-    def take(self, name: str) -> Tensor:
-        """The tensor of our parameter `name`. Raises ValueError naming the key the file lacks."""
-        generic = re.sub(r"^blocks\.(\d+)\.", "blocks.#.", name)
-        number = name.split(".")[1] if generic != name else ""
-        stem, _, leaf = generic.rpartition(".")
-        if generic in self.names:
-            keys = [key.replace("#", number) for key in self.names[generic]]
-        elif stem in self.names:
-            keys = [f"{key.replace('#', number)}.{leaf}" for key in self.names[stem]]
-        elif stem.endswith("attn.qkv") and self.names:
-            base = name.removesuffix(f"qkv.{leaf}")
-            parts = [self.take(f"{base}{part}.{leaf}") for part in "qkv"]
-            if len({part.shape for part in parts}) > 1:
-                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-                raise ValueError(f"{self.path}: query, key and value of {name} have shapes {shapes}, not one")
-            return torch.cat(parts)
-        else:
-            keys = [name]
-        for key in keys:
-            if key in self.tensors:
-                self.unread.discard(key)
-                return self._checked(key)
-        raise ValueError(
-            f"{self.path}: no {' or '.join(keys)}; the model needs it as {name}: is this file's depth "
-            f"and kind (layer_scale: DINOv2 yes, ImageNet ViTs no) that of the configuration?"
-        )
-
-    def _checked(self, key: str) -> Tensor:
-        """A tensor as float32. Raises ValueError for whole numbers, NaN and infinity."""
-        value = self.tensors[key]
-        if not value.is_floating_point():
-            raise ValueError(
-                f"{self.path}: {key} is {str(value.dtype).removeprefix('torch.')}: quantised weights are not read; "
-                f"give the file in float32, float16 or bfloat16"
-            )
-        value = value.float()
-        if bad := value.numel() - int(torch.isfinite(value).sum()):
-            raise ValueError(
-                f"{self.path}: {bad} of {value.numel()} values of {key} are NaN or infinite; take another file"
-            )
-        return value
-
-    def finish(self) -> None:
-        """Raises ValueError when a tensor of the tower was not read."""
-        left = sorted(key for key in self.unread if not UNUSED.match(key))
-        if left:
-            raise ValueError(
-                f"{self.path}: {left[0]} (and {len(left) - 1} more) has no place in the configured tower; "
-                f"set its depth, and layer_scale for DINOv2, to what the file holds"
-            )
 
 
 def interpolate_positions(positions: Tensor, grid: int) -> Tensor:

@@ -164,7 +164,7 @@ def add(name):
         ({}, drop("encoder.layer.1.attention.k_proj.bias"), "no encoder.layer.1.attention.attention.key.bias or"),
         ({}, drop("layernorm.weight"), "no layernorm.weight"),
         ({}, drop("embeddings.position_embeddings"), "no embeddings.position_embeddings"),
-        ({}, add("embeddings.register_tokens"), "embeddings.register_tokens .* has no place"),
+        ({}, add("embeddings.register_tokens"), "embeddings.register_tokens has no place"),
         ({"vision_depth": 1}, None, "encoder.layer.1.* has no place"),
         ({"vision_depth": 3}, None, "no encoder.layer.2."),
         ({"layer_scale": False}, None, "layer_scale1.lambda1 .* has no place"),
@@ -201,8 +201,44 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"not weights")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_image_weights(ImageEncoder(tiny()), path)
-    with pytest.raises(ValueError, match="holds no tower of a known kind"):
+    with pytest.raises(ValueError, match="it holds a text tower, for --text-weights$"):
         load_image_weights(ImageEncoder(tiny()), saved(hugging_face_bert(), tmp_path))
+    with pytest.raises(ValueError, match="it holds an image tower, for --image-weights$"):
+        load_text_weights(TextEncoder(tiny()), saved(hugging_face_vit(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["vision_model.embeddings.patch_embedding.weight"], "Hugging Face's CLIP or SigLIP, which is not read"),
+        (["visual.conv1.weight", "visual.class_embedding"], "OpenAI's or open_clip's CLIP, which is not read"),
+        (["a", "b.c", "d", "e"], "no tower of a known kind, a, b.c, d$"),
+        ([], "no tower of a known kind, nothing$"),
+    ],
+)
+def test_towers_of_other_kinds_are_told(tmp_path, names, words):
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(2) for name in names}, path)
+    with pytest.raises(ValueError, match=words):
+        load_image_weights(ImageEncoder(tiny()), path)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_weights_in_parts_or_behind_links(tmp_path, part):
+    vit = hugging_face_vit()
+    vit.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    parts = sorted((tmp_path / "parts").glob("model-*-of-*.safetensors"))
+    for path, words in (
+        (parts[part], "it is one of several parts; give one .safetensors file"),
+        (tmp_path / "parts", f"a folder; give the weights file itself, such as {parts[0]}"),
+        (tmp_path / "nowhere", "absent"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            load_image_weights(ImageEncoder(tiny()), path)
+        assert "\n" not in str(error.value)
+    save_file({name: value for path in parts for name, value in load_file(path).items()}, tmp_path / "blob")
+    (tmp_path / "link.safetensors").symlink_to("blob")
+    load_image_weights(ImageEncoder(tiny()), tmp_path / "link.safetensors")
 
 
 @pytest.mark.parametrize("extra", [1, 6, 14, 78, 1000])
