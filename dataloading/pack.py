@@ -39,7 +39,7 @@ from .rejection import Rejection
 from .shard_swap import RECORD, REFUSED, REJECTED, listed_tars, own, refuse_foreign, replace_shards, write_record
 from .shard_writer import Sample, image_name, write_shards, write_tars
 from .table_scan import NoImages
-from .tables import add_table_arguments, open_table, table_options
+from .tables import add_table_arguments, open_table, require_places, table_options
 
 # Also what a program that writes its own shards needs.
 __all__ = ["PackReport", "Refused", "encode_image", "image_name", "main", "pack_catalog", "write_shards"]
@@ -95,10 +95,7 @@ def pack_catalog(
     if short_side < MIN_SIDE or not 1 <= quality <= 95 or workers < 1:
         given = f"short_side={short_side}, quality={quality}, workers={workers}"
         raise ValueError(f"{given}: expected at least {MIN_SIDE}, 1 to 95, at least 1")
-    if not images.is_dir():
-        raise ValueError(f"{images}: no such folder of images")
-    if not table.exists():
-        raise ValueError(f"{table}: no such table")
+    require_places(table, images)
     folder = ImageFolder(folder=images, follow_links=follow_links, short_side=short_side, quality=quality)
     report = PackReport()
     with own(data_dir, wait=False):

@@ -68,7 +68,8 @@ def own(data_dir: Path, *, wait: bool) -> Iterator[None]:
                 NotADirectoryError: "part of its path is a file",
             }
             reason = "it is a link to nowhere" if _dangles(data_dir) else reasons.get(type(error), error.strerror)
-            raise ValueError(f"{data_dir}: cannot be a folder of shards ({reason}); choose another one") from None
+            at = f", {name}" if (name := os.path.basename(str(error.filename))) != data_dir.name else ""
+            raise ValueError(f"{data_dir}: cannot be a folder of shards ({reason}{at}); choose another one") from None
         yield
 
 

@@ -101,7 +101,7 @@ class ImageNames:
         names: list[str] = []
         for item in cell if isinstance(cell, list) else [cell]:
             if isinstance(item, bool) or not isinstance(item, (str, int, type(None))):
-                raise BadCell("the list of images holds something that is no name", shown(item))
+                raise BadCell("image is a list of something else than names: write names alone (jq does)", shown(item))
             name = strip(str(item)) if item is not None else ""
             names += [name] if name and not is_missing(name) else []
         return names

@@ -119,7 +119,8 @@ def _as_text(value: Any, field: str) -> str:
         if abs(value) >= _EXACT:
             raise BadCell(f"{field} is a number too long to be exact: write it as text", shown(value))
         return str(int(value)) if value.is_integer() else repr(value)
-    raise BadCell(f"{field} is {'a list' if isinstance(value, list) else 'an object'}, not text", shown(value))
+    kind = "a list" if isinstance(value, list) else "an object"
+    raise BadCell(f"{field} is {kind}, not text: write its text alone (jq does), or name another column", shown(value))
 
 
 def _visible(text: str) -> bool:

@@ -10,6 +10,7 @@ for the rows.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +176,7 @@ def open_table(
     column is not found; NoImages (table_scan.py), one of them, when none of the images looked up is there.
     """
     columns = columns or {}
-    if not images.is_dir():
-        raise ValueError(f"{images}: no such folder of images")
+    require_places(path, images)
     try:
         check_fields(columns)
         source = _open(path, columns, encoding, separator, quotes)
@@ -195,6 +195,17 @@ def open_table(
         error.args = (printable(str(error)),)  # names of columns and files may hold anything
         raise
     return Table(source, scan.rows, mapping, look, stamp=stamp)
+
+
+def require_places(table: Path, images: Path) -> None:
+    """Raise ValueError unless there is a table, whatever it is, and a folder that may be entered."""
+    for path, entered, what in ((table, "", "table"), (images, os.curdir, "folder of images")):
+        try:
+            os.stat(os.path.join(path, entered) if entered else path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            raise ValueError(f"{path}: no such {what}") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); choose another {what}") from None
 
 
 def _open(

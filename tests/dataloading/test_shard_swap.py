@@ -204,7 +204,7 @@ def test_a_signal_during_the_swap_waits_for_its_end(packed: Path, monkeypatch: p
     assert content(packed)["val-000001.tar"] == "second val 1" and not left_over(packed)
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "no such place", "dangling link"])
+@pytest.mark.parametrize("kind", ["file", "below a file", "no such place", "dangling link", "its lock"])
 def test_a_folder_that_cannot_be(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
@@ -213,12 +213,15 @@ def test_a_folder_that_cannot_be(tmp_path: Path, kind: str) -> None:
         "below a file": tmp_path / "file" / "out",
         "no such place": Path("/proc/nowhere"),
         "dangling link": tmp_path / "link",
+        "its lock": tmp_path / "shards",
     }
+    (tmp_path / "shards" / ".pack.lock").mkdir(parents=True)
     folder = where[kind]
     with pytest.raises(ValueError, match="cannot be a folder of shards .* choose another one") as error:
         pack(folder, "first")
     assert str(folder) in str(error.value) and (tmp_path / "file").read_text() == "mine"
     assert ("it is a link to nowhere" in str(error.value)) == (kind == "dangling link")
+    assert ("(Is a directory, .pack.lock)" in str(error.value)) == (kind == "its lock")
 
 
 def test_a_second_packing_is_refused_or_waits(packed: Path) -> None:

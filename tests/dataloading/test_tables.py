@@ -95,6 +95,23 @@ def test_a_missing_image_folder(tmp_path: Path) -> None:
             open_table(tmp_path / "t.csv", tmp_path / name)
 
 
+@pytest.mark.parametrize("what", ["table", "folder of images"])
+def test_places_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    (tmp_path / "t.csv").write_text(HEADER + GOOD)
+    place = tmp_path / "t.csv" if what == "table" else image_folder(tmp_path)
+    stat = os.stat
+
+    def denied(path, *args, **options):
+        if os.path.normpath(os.fsdecode(path)) == str(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(ValueError, match=rf"cannot be read \(Permission denied\); choose another {what}") as error:
+        open_table(tmp_path / "t.csv", tmp_path / "photos")
+    assert str(place) in str(error.value)
+
+
 def test_what_is_broken_far_down_is_found_when_the_table_is_opened(tmp_path: Path) -> None:
     many = HEADER + GOOD * 5000
     image_folder(tmp_path)
