@@ -262,7 +262,10 @@ def _loss_function(model: ECLIP, count: int, group: dist.ProcessGroup | None) ->
 
 def _contrast(loss: Callable[..., Tensor], images: Tensor, texts: Tensor, scale: Tensor, **options: Any) -> Tensor:
     with full_precision(images):
-        return loss(F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1), scale, **options)
+        images, texts = (F.normalize(x.float(), dim=-1) for x in (images, texts))
+    # The kernels take autocast's dtype for the operands of their products: fp32 ones have no tensor cores. What
+    # matters, the sums and the pairs' own logits, is float32 inside.
+    return loss(images, texts, scale, **options)
 
 
 def _image_text_loss(

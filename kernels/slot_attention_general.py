@@ -1,8 +1,8 @@
 """The forward of slot attention for any input with T <= 64, and what every kernel does with scores.
 
 A program holds the outputs of one image and head for a slice of the channels: an inner loop over all channels gives the
-scores of a tile of tokens, a second load its values. Wider tokens go to further programs, each with the scores anew; the
-slices of an image are neighbours in the grid, so that all but the first find its tokens in the L2 cache.
+scores of a tile of tokens, a second load its values. Wider tokens go to further programs, each with the scores anew.
+The slices of an image are neighbours in the grid, so that all but the first find its tokens in the L2 cache.
 """
 
 import triton

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import gpu_generation, on_device_of, readable
+from ._launch import gpu_generation, multiprocessors, on_device_of, readable
 from .compile_check import Case
 from .slot_attention_general import over_tokens, slot_attention_fwd_kernel
 from .slot_attention_one_pass import forward_case, one_pass_options, slot_attention_one_pass_fwd_kernel
@@ -95,11 +95,6 @@ def _launch_options(
     if narrow and (full or extras):
         options["maxnreg"] = 255  # else ptxas aims at 80 or 128 registers, and spills to get there
     return options
-
-
-def multiprocessors(x: Tensor) -> int:
-    """How many programs run at once on the device of `x`, one each; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def shared_memory(x: Tensor) -> int:
