@@ -213,7 +213,7 @@ def _up_to_date(data_dir: Path, expected: str) -> bool:
 
 
 def _validate(
-    image_size: int, images_per_product: int, distractors: tuple[int, int], limit: int | None, workers: int
+    image_size: int, seed: int, images_per_product: int, distractors: tuple[int, int], limit: int | None, workers: int
 ) -> None:
     if not 32 <= image_size <= 512:
         raise ValueError(f"image_size={image_size} is out of range: the views have 192 px; choose 32 to 512")
@@ -225,6 +225,8 @@ def _validate(
         raise ValueError(f"distractors={distractors}: expected two numbers, 0 <= low <= high <= 6")
     if limit is not None and limit < 20:
         raise ValueError(f"limit={limit}: fewer than 20 products leave a split without distractors")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: choose at least 0")
     if workers < 1:
         raise ValueError(f"workers={workers}: choose at least 1")
 
@@ -248,17 +250,17 @@ def pack_demo(
     depend on their number. Like every program that starts processes, a script calling this with more than one worker
     needs an `if __name__ == "__main__":` guard. Waits while another packing is at work there; shards that it replaces
     stay until the new ones are complete. Raises ValueError for settings out of range, for a folder that cannot be
-    written or holds tars of another origin, and when the disk is full.
+    written or holds tars of another origin, also a packed catalogue of one's own, and when the disk is full.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    _validate(image_size, images_per_product, distractors, limit, workers)
+    _validate(image_size, seed, images_per_product, distractors, limit, workers)
     expected = fingerprint(image_size, seed, images_per_product, distractors, limit)
     if _up_to_date(data_dir, expected):
         return
     plan = _make_plan(image_size, seed, images_per_product, distractors, limit)
     with own(data_dir, wait=True):
         if not _up_to_date(data_dir, expected):  # another run may have packed while this one waited
-            refuse_foreign(data_dir)
+            refuse_foreign(data_dir, (_RECORD,))  # a user's own catalogue is not replaced by this one
             _pack(data_dir, plan, expected, workers, progress)
 
 

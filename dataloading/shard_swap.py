@@ -19,7 +19,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +88,25 @@ def _recover(data_dir: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def listed_tars(data_dir: Path) -> dict[str, int] | None:
+def listed_tars(data_dir: Path, records: Sequence[str] = RECORDS) -> dict[str, int] | None:
     """Names and sizes of the tars that the folder's records list; None where no record can be read."""
     tars: dict[str, int] | None = None
-    for name in RECORDS:
+    for name in records:
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
             files = json.loads((data_dir / name).read_text(encoding="utf-8"))["files"]
             tars = (tars or {}) | {str(f): int(size) for f, size in files.items() if _TAR.fullmatch(f)}
     return tars
 
 
-def refuse_foreign(data_dir: Path) -> None:
-    """Raise ValueError when the folder holds tars of the splits' names that no packing of this program wrote."""
-    listed = listed_tars(data_dir)
-    if listed is None and any((data_dir / name).is_file() for name in RECORDS):
+def refuse_foreign(data_dir: Path, records: Sequence[str] = RECORDS) -> None:
+    """Raise ValueError when the folder holds tars of the splits' names that no packing with these records wrote."""
+    listed = listed_tars(data_dir, records)
+    if listed is None and any((data_dir / name).is_file() for name in records):
         return  # a packing's folder, the record damaged
     foreign = sorted(_tars(data_dir, SPLITS) - (listed or {}).keys())
     if foreign:
         raise ValueError(
-            f"{data_dir}: holds {foreign[0]}, which no record of a packing ({' or '.join(RECORDS)}) lists; "
+            f"{data_dir}: holds {foreign[0]}, which no record of a packing ({' or '.join(records)}) lists; "
             f"choose another folder, or delete its tars if they may go"
         )
 

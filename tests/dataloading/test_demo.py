@@ -22,7 +22,8 @@ from eclip.dataloading import demo
 from eclip.dataloading.demo_scenes import MIN_VISIBLE
 from eclip.dataloading.demo_split import SPLITS, near_identical, split_products
 from eclip.dataloading.demo_titles import CatalogProduct, alike, head_noun, names_colour
-from eclip.dataloading.schema import SOURCES, Product
+from eclip.dataloading.schema import SOURCES, ImageRecord, Product
+from eclip.dataloading.shard_writer import write_shards
 from tests.helpers import rank_environment
 
 COMMAND = [sys.executable, "-m", "eclip.dataloading.demo", "--workers", "2", "--limit", "60", "--no-progress"]
@@ -207,6 +208,7 @@ def test_skipped_when_up_to_date_and_rebuilt_when_not(
         ({"distractors": (3, 2)}, "distractors=(3, 2)"),
         ({"limit": 5}, "limit=5"),
         ({"workers": 0}, "workers=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, settings: dict, named: str) -> None:
@@ -250,6 +252,13 @@ def test_tars_of_others_are_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train-000000\.tar, which no record"):
         demo.pack_demo(tmp_path, **SMALL)
     assert (tmp_path / "train-000000.tar").read_bytes() == (shards / "train-000000.tar").read_bytes()
+    (tmp_path / "train-000000.tar").unlink()
+    mine = Product(key="p", product="p", title="a", category="b", images=(ImageRecord(file="000.jpg"),))
+    write_shards([(mine, [b"x"])], tmp_path, "train")
+    before = (tmp_path / "train-000000.tar").read_bytes()
+    with pytest.raises(ValueError, match=r"train-000000\.tar, which no record .*demo\.json.* choose another folder"):
+        demo.pack_demo(tmp_path, **SMALL)
+    assert (tmp_path / "train-000000.tar").read_bytes() == before
 
 
 def test_a_stopped_run_leaves_the_shards_of_before(shards: Path, tmp_path: Path) -> None:
