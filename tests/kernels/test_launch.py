@@ -49,7 +49,7 @@ def set_for_all() -> None:
 WAYS = [functools.partial(set_old, "high"), functools.partial(set_old, "medium"), set_allow, set_new, set_for_all]
 
 
-@pytest.mark.parametrize("turn_on", [functools.partial(set_old, "highest"), *WAYS], ids=str)
+@pytest.mark.parametrize("turn_on", [functools.partial(set_old, "highest"), *WAYS], ids=range(1 + len(WAYS)))
 @pytest.mark.parametrize("x", [ON_GPU, torch.ones(1), torch.ones(1, dtype=torch.bfloat16)], ids=["gpu", "cpu", "bf16"])
 def test_switches_are_off_inside_and_as_before_after(turn_on: Any, x: Any) -> None:
     """By torch's older interface and its newer one, for one operation and for all; after an error too."""
