@@ -25,7 +25,7 @@ from .errors import DataError
 from .open_tars import OpenTars
 from .schema import SOURCES, ImageRecord, Product
 from .shard_swap import require_finished
-from .tars import Span, is_image, is_json, read_samples
+from .tars import IMAGE_SUFFIXES, Span, is_image, is_json, read_samples
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,11 @@ def _records(product: Product, members: Mapping[str, Span], where: str) -> list[
         left.pop(held, None)
         records.append((record, members[held]))
     if not any(is_image(suffix) for suffix in members):
-        raise ValueError(f"{where}: the product has no image; every product needs at least one")
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(
+            f"{where}: the product has no image; every product needs at least one, of {kinds} (its members: "
+            f"{', '.join(list(members)[:3])})"
+        )
     return [*records, *((ImageRecord(file=file), members[file]) for file in left)]
 
 

@@ -38,7 +38,7 @@ from eclip.evaluate.retrieval import image_text_retrieval
 from eclip.evaluate.sheet import Overlay, draw_sheet
 from eclip.feature_cache import FeatureCache, cache_folder
 from eclip.feature_file import CannotStore
-from eclip.files import replace_text
+from eclip.files import replace_text, writing
 from eclip.model.eclip import ECLIP
 
 NUM_OVERLAYS = 12
@@ -157,6 +157,9 @@ def evaluate_run(
         replace_text(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if overlays and (note := draw_sheet(overlays, sheet)):
         print(f"\n{sheet}: {note}; {WAY_OUT}")
+    if not overlays and sheet.exists():
+        with writing(sheet):
+            sheet.unlink()  # of an earlier evaluation: beside these numbers it would be taken for theirs
     print(f"\nwritten: {path}" + (f", {sheet}" if overlays else ""))
     return result
 

@@ -21,6 +21,10 @@ def sample(p=0, count=2, **changes):
     return f"k{p:03d}", json.dumps(content).encode(), {f"{i:03d}.jpg": jpeg(i) for i in range(count)}
 
 
+def record_bytes():
+    return json.dumps(record(0, 0)).encode()
+
+
 def boxed(box):
     return sample(1, 1, images=[{"file": "000.jpg", "instances": [{"product": "p", "sku": "s", "box": box}]}])
 
@@ -244,6 +248,7 @@ def test_empty_catalogue(tmp_path):
         (("k", b"[]", {"000.jpg": b"x"}), ("k.json", "JSON object")),
         (("k", None, {"000.jpg": b"x"}), ("k.json is missing",)),
         (sample(count=0), ("k000.json", "no image")),
+        (("k", record_bytes(), {"tif": b"II*"}), ("no image", "of jpeg, jpg, png, webp (its members: json, tif)")),
     ],
 )  # fmt: skip
 def test_broken_samples(tmp_path, broken, parts):

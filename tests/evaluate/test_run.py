@@ -235,6 +235,7 @@ def test_catalogue_without_boxes_or_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = prepare(tmp_path, monkeypatch, Catalogue(boxes=False, only_detail=True), None)
+    (run / "grounding.png").write_bytes(b"of an evaluation before")
     result = evaluate_run(run, progress=False)
     assert set(result["skipped"]) == {
         "classification_type",
