@@ -96,6 +96,7 @@ def pack_catalog(
         given = f"short_side={short_side}, quality={quality}, workers={workers}"
         raise ValueError(f"{given}: expected at least {MIN_SIDE}, 1 to 95, at least 1")
     require_places(table, images)
+    place = os.stat(images)
     folder = ImageFolder(folder=images, follow_links=follow_links, short_side=short_side, quality=quality)
     report = PackReport()
     with own(data_dir, wait=False):
@@ -120,6 +121,8 @@ def pack_catalog(
                 progress_bar(len(drafts), unit="product", desc="packing", disable=not progress) as bar,
             ):
                 _write(drafts, folder, aside, report, bar, val=val, test=test, workers=workers)
+                if not (images.is_dir() and os.path.samestat(place, os.stat(images))):  # its images were not at fault
+                    raise ValueError(f"{images} is gone, or another folder, since packing began; is its store mounted?")
                 if report.rejected:
                     _list(report.rejected, aside / REJECTED)
                 write_record(aside, RECORD, {**facts, "products": report.products, "images": report.images})

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from eclip.dataloading import pack
-from eclip.dataloading.image_folder import ImageFolder
-from eclip.dataloading.pack import pack_catalog
+from eclip.dataloading.image_folder import Encoded, ImageFolder
+from eclip.dataloading.pack import Refused, pack_catalog
+from eclip.dataloading.rejection import Rejection
 from eclip.dataloading.schema import Product
 from eclip.dataloading.shards import ShardIndex
 from tests.dataloading.shop import content, listed, members, photo, shop, simple, split_keys
@@ -185,6 +186,31 @@ def test_a_split_whose_images_all_fail_keeps_what_was_there(tmp_path: Path) -> N
     found = content(out)
     assert len(listed(out / "rejected.refused.jsonl")) == 2 * len(val)
     assert {name: data for name, data in found.items() if name != "rejected.refused.jsonl"} == before
+
+
+@pytest.mark.parametrize("left", ["nothing", "a mount point"])
+def test_a_store_that_goes_away_meanwhile_costs_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    table, images = shop(tmp_path, products=6)
+    pack_catalog(table, images, tmp_path / "out", progress=False)
+    before = content(tmp_path / "out")
+    encode = ImageFolder.encode
+    names: list[str] = []
+
+    def unmounted(self: ImageFolder, name: str) -> Encoded | Rejection:
+        names.append(name)
+        if len(names) == 5:
+            images.rename(tmp_path / "elsewhere")
+            if left == "a mount point":
+                images.mkdir()
+        return encode(self, name)
+
+    monkeypatch.setattr(ImageFolder, "encode", unmounted)
+    with pytest.raises(Refused, match=r"photos is gone, or another folder, .*rejected\.refused\.jsonl"):
+        pack_catalog(table, images, tmp_path / "out", workers=1, progress=False)
+    (tmp_path / "out" / "rejected.refused.jsonl").unlink()
+    assert content(tmp_path / "out") == before
 
 
 def test_reasons_group_and_kinds_are_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
