@@ -28,6 +28,10 @@ AMAZON = """uniq_id,Product Name,Category,Image,Selling Price
 e1,Desk lamp,Lamps,a.jpg|b.jpg,$3
 e2,Sofa,Sofas,c.jpg,$9
 """
+MAGENTO = """sku,attribute_set_code,product_type,categories,name,base_image,small_image,additional_images
+L1,Default,simple,Default/Lamps,Desk lamp,/a.jpg,/a.jpg,"/b.jpg,/c.jpg"
+S1,Default,simple,Default/Sofas,Sofa,/d.jpg,/d.jpg,
+"""
 KAGGLE = """,id,gender,masterCategory,subCategory,articleType,productDisplayName,filename
 0,1163,Men,Apparel,Topwear,Tshirts,Sahara shirt,a.jpg
 1,1164,Men,Apparel,Topwear,Tshirts,Blue shirt,b.jpg
@@ -37,6 +41,7 @@ FACTS = {
     "merchant": (MERCHANT, "t.txt", [("shirt", "Shirt red", "Shirts", "a.jpg b.jpg c.jpg")]),
     "woocommerce": (WOOCOMMERCE, "t.csv", [("10", "Desk lamp", "Home > Lamps", "a.jpg b.jpg")]),
     "amazon": (AMAZON, "t.csv", [("e1", "Desk lamp", "Lamps", "a.jpg b.jpg")]),
+    "magento": (MAGENTO, "t.csv", [("L1", "Desk lamp", "Default/Lamps", "a.jpg b.jpg c.jpg")]),
     "kaggle": (KAGGLE, "t.csv", [("1163", "Sahara shirt", "Apparel", "a.jpg")]),
     "headless": (
         "name;assets;facets\nDesk lamp;a.jpg;Lamps\n",
