@@ -92,9 +92,10 @@ def pack_catalog(
     when a split would be empty. Its reasons are in `rejected.jsonl`, beside older shards in `rejected.refused.jsonl`.
     """
     check_shares(val, test)
-    if short_side < MIN_SIDE or not 1 <= quality <= 95 or workers < 1:
-        given = f"short_side={short_side}, quality={quality}, workers={workers}"
-        raise ValueError(f"{given}: expected at least {MIN_SIDE}, 1 to 95, at least 1")
+    ranges = {"short_side": (short_side, MIN_SIDE, 65_500), "quality": (quality, 1, 95), "workers": (workers, 1, 256)}
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value}: expected {low} to {high}")
     require_places(table, images)
     place = os.stat(images)
     folder = ImageFolder(folder=images, follow_links=follow_links, short_side=short_side, quality=quality)

@@ -51,7 +51,10 @@ def test_places_that_cannot_be_used_are_one_line(tmp_path: Path, capsys: pytest.
         ("--test", "nan"),
         ("--val", "-0.1"),
         ("--quality", "0"),
+        ("--quality", "96"),
+        ("--short-side", "31"),
         ("--workers", "0"),
+        ("--workers", "100000"),
     ]
     for flag, value in cases:
         line = refused([str(part) for pair in {**given, flag: value}.items() for part in pair], capsys)
