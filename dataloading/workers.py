@@ -41,7 +41,10 @@ Slot = NDArray[np.uint8]
 """Memory that a worker fills for its parent."""
 
 _HEADER = struct.Struct("<Q?")  # bytes that follow; whether they are an error
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_STOP_SIGNALS = {
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+}  # fmt: skip
+"""What terminals, queues and launchers send to every process of a job to stop it."""
 _PR_SET_PDEATHSIG = 1
 _STATES = {
     "T": "is stopped (by SIGSTOP, a debugger or a frozen container); kill -CONT {pid} lets it go on",

@@ -223,14 +223,15 @@ def test_signal_ends_the_wait_of_the_parent_and_not_its_workers():
     def stop(number, frame):
         raise Stop
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    before = {signal.Signals[name]: signal.signal(signal.Signals[name], stop) for name in names}
     try:
         pool = workers(lambda number, slot: no_item(0, 0) if number == 6 else b"0")
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
         pids = [worker.process.pid for worker in pool._workers]
         pool.take(unpack)
         for number in before:
-            timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
             timer.start()
             with pytest.raises(Stop):
                 pool.take(unpack)
