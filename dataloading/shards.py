@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +61,15 @@ class _Strings:
         return (self[i] for i in range(len(self)))
 
 
+def _instead(data_dir: Path) -> str:
+    """What is there instead of a split's tars, or how they come there."""
+    others = sorted(path.name for path in data_dir.glob("*.t*") if re.search(r"\.(tar|tgz)", path.name))
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        return f"it holds {', '.join(others[:3])}{more}: shards are plain tars, numbered from 0 behind the split's name"
+    return f"pack the catalogue there first (python -m eclip.dataloading.demo --out {data_dir} writes the embedded one)"
+
+
 def find_tars(data_dir: Path, split: str) -> list[Path]:
     """The tars of a split in order.
 
@@ -74,10 +84,7 @@ def find_tars(data_dir: Path, split: str) -> list[Path]:
             if other != path:
                 raise ValueError(f"{path}: has the number of {other.name}; give each tar its own")
     if not found:
-        raise ValueError(
-            f"{data_dir}: no {split}-000000.tar; pack the catalogue there first "
-            f"(python -m eclip.dataloading.demo --out {data_dir} writes the embedded one)"
-        )
+        raise ValueError(f"{data_dir}: no {split}-000000.tar; {_instead(data_dir)}")
     missing = sorted(set(range(max(found) + 1)) - found.keys())
     if missing:
         raise ValueError(
@@ -179,8 +186,20 @@ class _Builder:
 
 
 def _stamp(tars: Sequence[Path]) -> NDArray[np.int64]:
-    """(n, 2): size and time of change of each tar; an index is stale when they differ."""
-    return np.array([(s.st_size, s.st_mtime_ns) for s in (t.stat() for t in tars)], np.int64).reshape(-1, 2)
+    """(n, 2): size and time of change of each tar; an index is stale when they differ. Raises DataError."""
+    return np.array([_facts(tar) for tar in tars], np.int64).reshape(-1, 2)
+
+
+def _facts(tar: Path) -> tuple[int, int]:
+    try:
+        status = tar.stat()
+    except OSError as error:
+        target = f" ({os.readlink(tar)})" if tar.is_symlink() else ""
+        why = f"a link to what is not there{target}; fetch it (git annex get, dvc pull)" if target else error.strerror
+        raise DataError(f"{tar}: cannot be read: {why}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{tar}: cannot be read: not a file but a directory, pipe or device")
+    return status.st_size, status.st_mtime_ns
 
 
 def _load(path: Path) -> dict[str, NDArray] | None:

@@ -162,6 +162,22 @@ def test_no_tar(tmp_path):
     fails(tmp_path / "nowhere", "no train-000000.tar")
 
 
+@pytest.mark.parametrize("name", ["00000.tar", "train-000000.tar.gz", "train.tgz", "test-000000.tar"])
+def test_tars_of_other_names_are_listed(tmp_path, name):
+    (tmp_path / name).touch()
+    fails(tmp_path, "no train-000000.tar", f"it holds {name}: shards are plain tars, numbered from 0")
+
+
+def test_what_stands_in_place_of_a_tar(tmp_path):
+    """A link of a data store whose file was not fetched; a pipe, which would be waited for without end."""
+    path = tmp_path / "train-000000.tar"
+    path.symlink_to(".git/annex/objects/x.tar")
+    fails(tmp_path, "train-000000.tar", "a link to what is not there (.git/annex/objects/x.tar); fetch it")
+    path.unlink()
+    os.mkfifo(path)
+    fails(tmp_path, "train-000000.tar", "not a file but")
+
+
 def test_tar_missing_in_the_middle_and_at_the_end(tmp_path):
     make_split(tmp_path, tars=3)
     ShardIndex.open(tmp_path, "train")

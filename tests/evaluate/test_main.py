@@ -123,6 +123,17 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "evaluate_run", stop)
+    with pytest.raises(SystemExit) as ended:
+        evaluate(monkeypatch, "--checkpoint", "run")
+    said = capsys.readouterr().err
+    assert ended.value.code == 130 and said.startswith("error: stopped (Ctrl-C)") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_cut_tar_is_no_heap_of_corrupt_images(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
