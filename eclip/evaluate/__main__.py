@@ -60,7 +60,9 @@ def main() -> None:
     except torch.OutOfMemoryError:
         sys.exit(f"error: --batch-size {arguments.batch_size}: the GPU's memory does not suffice; take a smaller one")
     except KeyboardInterrupt:
-        print("error: stopped (Ctrl-C); files are written last, an earlier evaluation's are as they were", file=sys.stderr)
+        print(
+            "error: stopped (Ctrl-C); files are written last, an earlier evaluation's are as they were", file=sys.stderr
+        )
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
