@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RunConfig
+from .console import say
 from .files import append_line, replace_text, writing
 
 MetricSink = Callable[[int, Mapping[str, float]], None]
@@ -47,7 +48,7 @@ def console_sink(total_steps: int) -> MetricSink:
 
     def write(step: int, values: Mapping[str, float]) -> None:
         fields = [text(values[name]) for name, text in parts if name in values]
-        print(" | ".join([f"step {step}/{total_steps}", *fields]), flush=True)
+        say(" | ".join([f"step {step}/{total_steps}", *fields]))
 
     return write
 

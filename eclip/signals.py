@@ -1,4 +1,5 @@
-"""Signals that ask a run to stop: SIGTERM (queues, torchrun), SIGINT (Ctrl-C), SIGUSR1 (Slurm's --signal=USR1).
+"""Signals that ask a run to stop: SIGTERM (queues, torchrun), SIGINT (Ctrl-C), SIGHUP (the terminal was closed), and
+the warnings of queues: SIGUSR1 (Slurm's --signal=USR1), SIGUSR2 (Grid Engine's -notify), SIGXCPU (PBS, CPU limits).
 
 Before and after the training loop such a signal raises `Stopped` in the main thread. Inside the loop it is only noted,
 so that a checkpoint can be written, except in the wait for a batch. Python runs a handler only between two bytecodes
@@ -15,8 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHER_GONE = signal.SIGHUP
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
+_DEMANDS = (signal.SIGTERM, signal.SIGINT)
+"""Those that end the process at once when they come again; the others announce one of these."""
+LAUNCHER_GONE = signal.SIGPIPE
 """Passed on where no signal came: torchrun was killed, or the store of the ranks went."""
 # torchrun and Slurm kill 30 s after SIGTERM.
 GRACE_SECONDS = 20.0
@@ -61,7 +66,12 @@ class StopSignals:
         self._reader, self._writer = socket.socketpair()
         self._reader.settimeout(_TICK)
         self._writer.setblocking(False)
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._process = os.getpid()
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup ignores it
+        }
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
@@ -101,6 +111,8 @@ class StopSignals:
             _signal_main_thread(signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker has the handler too; its parent tells it what to do
+            return
         self._handled = True
         if self.signum is None:
             self.signum = self._passed or number
@@ -129,7 +141,7 @@ class StopSignals:
             self._unanswered = (number, now)
             if self.on_request is not None:
                 self.on_request(number)
-        if number == signal.SIGUSR1:  # a warning: SIGTERM may follow it and is then the first of its kind
+        if number not in _DEMANDS:
             return
         if self._arrived is None:
             self._arrived = now

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
+from .console import say
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
 from .ending import conclude, leave, once, say_stopped
@@ -277,7 +278,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.ranks.is_main:
-            print(text, flush=True)
+            say(text)
 
 
 def train(
@@ -296,9 +297,9 @@ def train(
             raise CannotStart(str(error)) from error
         ranks.barrier()  # the first step's collectives have a time limit, loading has none
         if ranks.is_main:
-            print(trainer.describe(), flush=True)
+            say(trainer.describe())
             if note := single_image_note(prepared.index, config):
-                print(note, flush=True)
+                say(note)
             sinks = [*build_sinks(prepared.config, start_step=trainer.step), *sinks]
         return trainer.run(sinks if ranks.is_main else (), signals)
 

@@ -1,5 +1,6 @@
 """Stop signals: noted, raised, insisted on, and a process that cannot answer."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,11 +8,11 @@ import threading
 
 import pytest
 
-from eclip.signals import LAUNCHER_GONE, Stopped, StopSignals
+from eclip.signals import LAUNCHER_GONE, STOP_SIGNALS, Stopped, StopSignals
 from tests.helpers import rank_environment
 from tests.processes import Processes
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+SIGNALS = pytest.mark.parametrize("number", STOP_SIGNALS)
 
 
 @SIGNALS
@@ -134,3 +135,33 @@ print("left")
     process.stdin.close()
     process.stdout.close()
     assert process.wait(60) == 0
+
+
+def test_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was started to outlive its terminal does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signum is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_and_the_end_of_its_session_are_one_request() -> None:
+    with StopSignals() as stop, stop.noted():
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):  # a second SIGTERM would end this process
+            signal.raise_signal(number)
+        assert stop.signum == signal.SIGHUP
+
+
+def test_a_forked_worker_does_not_answer_for_its_parent() -> None:
+    with StopSignals() as stop, stop.noted():
+        child = os.fork()
+        if child == 0:
+            signal.set_wakeup_fd(-1)
+            signal.raise_signal(signal.SIGHUP)
+            os._exit(stop.signum or 0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert stop.signum is None
