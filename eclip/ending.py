@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from .console import say
 from .signals import Stopped, StopSignals, signal_name
-from .torchrun import restart_is_left, stopped_status, write_error_file
+from .torchrun import find_place, restart_is_left, stopped_status, write_error_file
 from .watch import PeerFailed, Watch, write_peer_error
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def conclude(
     when it is neither and this process is alone.
     """
     if watch is None:
-        return _conclude_alone(error, told, stopped, speaks=int(os.environ.get("RANK", 0)) == 0)
+        return _conclude_alone(error, told, stopped, speaks=find_place().rank == 0)
     lost = isinstance(error, PeerFailed) or (isinstance(error, Exception) and bool(_LOST.search(str(error))))
     failure = watch.failure(wait=_TELL_SECONDS if isinstance(error, PeerFailed) else 0)
     if failure is not None:
@@ -74,7 +75,7 @@ def _conclude_alone(error: BaseException, told: tuple[type[BaseException], ...],
         raise error
     line = f"error: {_one_line(str(error))}"
     write_error_file(line)
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
     return 1
 
 
@@ -84,7 +85,7 @@ def _speak(line: str, watch: Watch, text: str | None = None) -> int:
         time.sleep(_YIELD_SECONDS)
     if watch.publish_failure(f"rank {watch.rank}: {line}" if text else line):
         write_error_file(line, traceback=text)
-        print(text or line, file=sys.stderr, flush=True)
+        say(text or line, sys.stderr)
     elif (failure := watch.failure()) is not None:
         write_peer_error(failure)
     return 1
@@ -97,14 +98,21 @@ def say_stopped(signum: int, what: str, *, speaks: bool) -> int:
     line = f"{signal_name(signum)}: {what}{note}"
     write_error_file(line)
     if speaks:
-        print(line, flush=True)
+        say(line)
     return status
 
 
 def once(read: Callable[[], T]) -> T:
-    """Call `read`, which may end the process with a message (SystemExit): of many ranks rank 0 alone prints it."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    """Call `read`, which may end the process with a message (SystemExit): of many ranks rank 0 alone prints it.
+
+    Ends the process so itself where a launcher's environment does not say which rank this is.
+    """
+    try:
+        place = find_place()
+    except ValueError as error:
+        say(f"error: {_one_line(str(error))}", sys.stderr)
+        raise SystemExit(2) from None
+    if place.world_size == 1:
         return read()
     heard, status = io.StringIO(), 0
     try:
@@ -114,8 +122,8 @@ def once(read: Callable[[], T]) -> T:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     finally:
-        if rank == 0:
-            print(heard.getvalue(), end="", file=sys.stderr if status else sys.stdout, flush=True)
+        if place.rank == 0:
+            say(heard.getvalue(), sys.stderr if status else sys.stdout, end="")
             if status:
                 write_error_file(heard.getvalue().strip())
         elif status:
@@ -125,9 +133,9 @@ def once(read: Callable[[], T]) -> T:
 def leave(status: int) -> NoReturn:
     """End the process. After a failure of several ranks at once: a process group whose peers are gone may hang or abort
     while it is destroyed, and a data worker while it is joined."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    say("", end="")
+    say("", sys.stderr, end="")
+    if status and find_place().world_size > 1:
         os._exit(status)
     sys.exit(status)
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .rendezvous import meet
 from .signals import StopSignals
+from .torchrun import Place, find_place
 from .watch import PeerFailed, Watch
 
 T = TypeVar("T")
@@ -116,11 +117,11 @@ def find_ranks(*, timeout: float, stop: StopSignals | None = None) -> Watch | No
     timeout: seconds to wait for a silent rank, now and later. stop: learns of stop signals of other ranks, and tells
     them of its own. Raises ValueError when ranks stay away.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    place = find_place()
+    if place.world_size == 1:
         return None
-    meeting = meet(rank, world_size, timeout=timeout)
-    watch = Watch(meeting, rank, timeout=timeout, on_stop=stop.pass_on if stop else _ignore)
+    meeting = meet(place.rank, place.world_size, timeout=timeout)
+    watch = Watch(meeting, place.rank, timeout=timeout, on_stop=stop.pass_on if stop else _ignore)
     if stop is not None:
         stop.on_request = watch.request_stop
         if stop.signum is not None:  # it came meanwhile
@@ -133,13 +134,16 @@ def _ignore(signum: int) -> None:
 
 
 def start_ranks(watch: Watch | None) -> Ranks:
-    """Pick the device and the number of threads; join the process groups of the ranks that `find_ranks` found."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Pick the device and the number of threads; join the process groups of the ranks that `find_ranks` found.
+
+    Raises ValueError when this machine has no GPU for this rank.
+    """
+    place = find_place()
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each start a thread per core are 10x slower (two ranks on two cores). torchrun itself sets 1.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _gpu_of(place))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -153,6 +157,23 @@ def start_ranks(watch: Watch | None) -> Ranks:
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
     return Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh, host_group=host_group, watch=watch)
+
+
+def _gpu_of(place: Place) -> int:
+    """The GPU of a rank: that of its number on its machine."""
+    gpus = torch.cuda.device_count()
+    if place.local_rank is None and place.world_size > 1 and gpus > 1:
+        raise ValueError(
+            f"LOCAL_RANK is not in the environment: which of the {gpus} GPUs here is rank {place.rank}'s? start ranks "
+            f"by torchrun, or set it (in Slurm: LOCAL_RANK=$SLURM_LOCALID)"
+        )
+    local_rank = place.local_rank or 0
+    if local_rank >= gpus:
+        raise ValueError(
+            f"LOCAL_RANK={local_rank} in the environment, and {gpus} GPU{'s are' if gpus > 1 else ' is'} here, one for "
+            f"a rank; start {gpus} a machine (torchrun --nproc-per-node={gpus}), or see CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank
 
 
 def part(ranks: Ranks) -> None:

@@ -17,6 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from .torchrun import ADVICE
+
 _ATTEMPT = "eclip/attempt"
 _PAUSE = 0.05  # seconds between two looks at the store; a wait inside it would hold signals up
 _PATIENCE = 5.0  # longer than rank 0, which knows who is missing and says so
@@ -39,15 +41,42 @@ def meet(rank: int, world_size: int, *, timeout: float) -> Meeting:
     Raises ValueError naming the ranks that did not come within `timeout` seconds, or the store that cannot be reached.
     """
     deadline = time.monotonic() + timeout
+    host, port = _store_address(world_size)
     try:
+        if rank > 0:
+            _await_store(host, port, deadline)
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))
-    except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ValueError(
-            f"rank {rank}: no rendezvous at {place} within {timeout:g} s ({_first_line(error)}); "
-            f"see whether rank 0 runs and that address can be reached from here"
-        ) from error
+    except (dist.DistError, OSError) as error:
+        way_out = "see whether rank 0 runs and that address can be reached from here"
+        if "EADDRINUSE" in str(error):
+            way_out = "another program listens there: choose another MASTER_PORT (torchrun --standalone finds one)"
+        reason = f"within {timeout:g} s ({_first_line(error)})"
+        raise ValueError(f"rank {rank}: no rendezvous at {host}:{port} {reason}; {way_out}") from error
     return meet_in(store, rank, world_size, deadline=deadline)
+
+
+def _store_address(world_size: int) -> tuple[str, int]:
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host:
+        raise ValueError(f"WORLD_SIZE={world_size} in the environment without MASTER_ADDR; {ADVICE}")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(f"MASTER_PORT={port!r} in the environment: not a port from 1 to 65535; {ADVICE}")
+    return host, int(port)
+
+
+def _await_store(host: str, port: int, deadline: float) -> None:
+    """Return when somebody listens there. Raises OSError, the last attempt's, at `deadline`.
+
+    The store's own client would wait as well, and print 40 lines of C++ frames when that is in vain.
+    """
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(_PAUSE, deadline - time.monotonic())):
+                return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_PAUSE)
 
 
 def meet_in(store: dist.Store, rank: int, world_size: int, *, deadline: float) -> Meeting:

@@ -1,4 +1,4 @@
-"""What torchrun tells a rank and wants from it: restarts, the error file behind its summary, the exit status.
+"""What a launcher tells a rank (its place), and what torchrun wants from it: restarts, the error file, the exit status.
 
 Without torchrun every function here has nothing to do and says so by its result.
 """
@@ -7,11 +7,45 @@ import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from .signals import LAUNCHER_GONE
 
+ADVICE = "start ranks by torchrun, or set what it sets; for one process, unset it"
+"""Where another launcher set the environment in part."""
 _RECORD = "launch.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a launcher put this process; without a launcher it is alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = None
+    local_size: int = 1
+
+
+def find_place() -> Place:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; an empty one counts as unset.
+
+    Raises ValueError where a launcher other than torchrun set them in part, or to something else.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    for name, text in given.items():
+        if not (text.isascii() and text.isdecimal()):
+            raise ValueError(f"{name}={text!r} in the environment: not a number from 0; {ADVICE}")
+    rank, world_size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
+    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if (world_size > 1 or rank > 0) and absent not in given:
+            raise ValueError(f"{present}={given[present]} in the environment without {absent}; {ADVICE}")
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size} in the environment: ranks count from 0; {ADVICE}")
+    local_rank = int(given["LOCAL_RANK"]) if "LOCAL_RANK" in given else None
+    local_size = max(1, int(given.get("LOCAL_WORLD_SIZE", 1)))
+    return Place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size)
 
 
 def under_torchrun() -> bool:
@@ -20,13 +54,14 @@ def under_torchrun() -> bool:
 
 def has_launcher() -> bool:
     """Whether torchrun or a queue's own launcher started this process as a rank."""
-    return under_torchrun() or "WORLD_SIZE" in os.environ
+    return under_torchrun() or find_place().world_size > 1
 
 
 def is_local(rank: int) -> bool:
     """Whether a rank has the same torchrun process as this one."""
-    first = int(os.environ.get("RANK", 0)) - int(os.environ.get("LOCAL_RANK", 0))
-    return first <= rank < first + int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place = find_place()
+    first = place.rank - (place.local_rank or 0)
+    return first <= rank < first + place.local_size
 
 
 def may_restart() -> bool:

@@ -136,3 +136,14 @@ def test_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as end:
         leave(0)
     assert end.value.code == 0
+
+
+def test_a_process_that_does_not_know_its_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        once(lambda: None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE=2 in the environment without RANK")

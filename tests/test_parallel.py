@@ -26,6 +26,23 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ALONE.from_main(_full)
 
 
+@pytest.mark.parametrize(
+    "local_rank, gpus, words",
+    [
+        ("2", 2, "LOCAL_RANK=2 in .* 2 GPUs are here.*--nproc-per-node=2"),
+        ("1", 1, "1 GPU is"),
+        ("", 4, "not in the env"),
+    ],
+)
+def test_a_rank_without_a_gpu(local_rank: str, gpus: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=words):
+        start_ranks(None)
+
+
 def _full() -> None:
     raise OSError("full")
 

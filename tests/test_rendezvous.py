@@ -1,5 +1,6 @@
 """Ranks find each other on a store that dead attempts have used."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -75,9 +76,29 @@ def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rank 2: the ranks did not all come in time; rank 0 names" in str(results[2])
 
 
-def test_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_store(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     with pytest.raises(ValueError, match=f"rank 1: no rendezvous at 127.0.0.1:{port} within 0.5 s"):
+        meet(1, 2, timeout=0.5)
+    assert capfd.readouterr().err == ""  # no frames of C++ before the one line
+
+
+def test_another_program_at_the_port_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(ValueError, match="EADDRINUSE.*choose another MASTER_PORT"):
+            meet(0, 2, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    "host, port, words",
+    [("", "29500", "without MASTER_ADDR"), ("node1", "", "MASTER_PORT=''"), ("node1", "99999", "99999")],
+)
+def test_no_address_of_a_store(host: str, port: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ValueError, match=f"{words}.*start ranks by torchrun"):
         meet(1, 2, timeout=0.5)

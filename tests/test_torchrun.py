@@ -8,13 +8,58 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from eclip import torchrun
 from eclip.signals import LAUNCHER_GONE
-from eclip.torchrun import begun_by_this_launch, mark_begun, restart_is_left, stopped_status, write_error_file
+from eclip.torchrun import (
+    Place,
+    begun_by_this_launch,
+    find_place,
+    is_local,
+    mark_begun,
+    restart_is_left,
+    stopped_status,
+    write_error_file,
+)
 
 
 def _launch(monkeypatch: pytest.MonkeyPatch, run_id: str = "none", *, restarts: int = 0, count: int = 0) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+def _set_place(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_place_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alone in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"RANK": "", "WORLD_SIZE": ""}):
+        _set_place(monkeypatch, **alone)
+        assert find_place() == Place()
+    _set_place(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
+    assert find_place() == Place(rank=5, world_size=8, local_rank=1, local_size=4)
+    assert [is_local(rank) for rank in range(3, 9)] == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment without RANK; start ranks by torchrun"),
+        ({"RANK": "1"}, "RANK=1 in the environment without WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 with WORLD_SIZE=0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+        ({"RANK": "node1", "WORLD_SIZE": "2"}, "RANK='node1'"),
+        ({"RANK": "0", "WORLD_SIZE": "2(x3)"}, r"WORLD_SIZE='2\(x3\)'"),  # as Slurm lists tasks per node
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK='one'"),
+    ],
+)
+def test_an_environment_set_in_part(values: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_place(monkeypatch, **values)
+    with pytest.raises(ValueError, match=words) as error:
+        find_place()
+    assert "\n" not in str(error.value)
 
 
 def test_exit_status_of_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,8 @@ def test_torchrun_shows_the_cause_last(tmp_path: Path, monkeypatch: pytest.Monke
     write_peer_error(Failure(rank=3, line="error: full disk", when=1000.0))
     record = json.loads((tmp_path / "error.json").read_text())["message"]
     assert record == {"message": "left because rank 3 failed: error: full disk", "extraInfo": {"timestamp": "1001"}}
-    for name, value in {"RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():  # rank 3 is on this node
+    place = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # rank 3 is on this node
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     write_peer_error(Failure(rank=3, line="error: full disk", when=1000.0))
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "left because rank 3 failed"
