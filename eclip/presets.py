@@ -12,6 +12,7 @@ from typing import Any
 
 from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, PresetName, RunConfig
 from .model.towers import TOWER_SHAPES
+from .setting_rules import flag
 
 
 def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int) -> RunConfig:
@@ -115,6 +116,8 @@ PRESETS: dict[PresetName, RunConfig] = {
 DISPOSABLE_RUNS = (PRESETS["debug"].run_dir,)
 """Run folders whose earlier run is replaced without --overwrite: those of presets that train nothing worth keeping."""
 _PROGRAM = "python -m eclip.train"
+_RULE = re.compile("───|---")
+_SETTINGS = (RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig)
 
 
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
@@ -127,6 +130,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     with one_line_errors():
+        _check_values(arguments)
         config, unknown = tyro.cli(
             RunConfig,
             prog=_PROGRAM,
@@ -137,7 +141,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
             return_unknown_args=True,
         )
         if unknown:
-            raise ValueError(_unknown(unknown[0]))
+            raise ValueError(_unknown(unknown[0], arguments))
     return config
 
 
@@ -162,23 +166,56 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _unboxed(text: str) -> str:
-    """The first paragraph in tyro's box: what is wrong, without the help that follows."""
-    rows = [row.strip("│ ") for row in text.splitlines() if row.startswith("│")]
-    end = next((i for i, row in enumerate(rows) if row.startswith("───")), len(rows))
-    return re.sub(r"^Error parsing [\w.]+: ", "", " ".join(rows[:end])) or " ".join(text.split())
+    """What is wrong, of all that tyro says: the first paragraph inside its box."""
+    boxed = [row for row in text.splitlines() if row.startswith("│")]
+    rows = [row.strip("│ ") for row in boxed or text.splitlines()]
+    if not boxed:  # where the terminal is not UTF-8, a title and a rule stand before it
+        rows = rows[next((i + 1 for i, row in enumerate(rows) if _RULE.match(row)), 0) :]
+    end = next((i for i, row in enumerate(rows) if _RULE.match(row)), len(rows))
+    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(rows[:end])) or " ".join(text.split())
+    for told, kind in ((r"invalid literal for int\(\) with base 10", "whole number"), ("could not .* float", "number")):
+        message = re.sub(rf"^Error parsing (--[\w-]+): {told}: '(.*)'$", rf"\1 \2: use a {kind}", message)
+    return message
 
 
-def _unknown(argument: str) -> str:
+def _check_values(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an empty value, of which a path would be the current folder, and a switch with a value."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = argument.partition("=")
+        if not argument or (equals and not value and name.startswith("--")):
+            given = name if equals else before
+            raise ValueError(f"{given or 'an argument'}: its value is empty (a variable of the shell that is not set?)")
+        if equals and name.replace("_", "-") in _switches():
+            raise ValueError(_takes_no_value(name, value))
+
+
+def _switches() -> set[str]:
+    """The flags without a value: --resume and --no-resume."""
+    switches = [flag(field.name) for kind in _SETTINGS for field in dataclasses.fields(kind) if field.type is bool]
+    return {*switches, *map(_opposite, switches)}
+
+
+def _takes_no_value(switch: str, value: str) -> str:
+    return f"{switch} {value}: {switch} takes no value; {_opposite(switch)} says the opposite"
+
+
+def _opposite(switch: str) -> str:
+    return switch.replace("--no-", "--") if switch.startswith("--no-") else switch.replace("--", "--no-", 1)
+
+
+def _unknown(argument: str, arguments: Sequence[str]) -> str:
     """An argument that is no setting, and the flags that look like it."""
     if not argument.startswith("-"):
+        before = arguments[max(0, arguments.index(argument) - 1)]
+        if before in _switches():
+            return _takes_no_value(before, argument)
         return f"{argument}: no flag stands before it; {_PROGRAM} --help lists them"
     name = argument.lstrip("-").partition("=")[0].replace("_", "-")
-    settings = [RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig]
-    known = [field.name.replace("_", "-") for kind in settings for field in dataclasses.fields(kind)]
-    near = [flag for flag in known if name in flag] or get_close_matches(name, known)
+    known = [field.name.replace("_", "-") for kind in _SETTINGS for field in dataclasses.fields(kind)]
+    near = [setting for setting in known if name in setting] or get_close_matches(name, known)
     if name == "device":
         return "--device: no such flag: training takes the GPUs it finds (CUDA_VISIBLE_DEVICES chooses), else the CPU"
-    hint = f"did you mean {' or '.join(f'--{flag}' for flag in near[:3])}? " if near else ""
+    hint = f"did you mean {' or '.join(map(flag, near[:3]))}? " if near else ""
     return f"--{name}: no such flag; {hint}{_PROGRAM} --help lists them"
 
 

@@ -1,6 +1,7 @@
 """Presets, flags over them, and what is refused."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -62,10 +63,16 @@ def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> Non
         ("--device tpu", "--device: no such flag: training takes the GPUs it finds"),
         ("--max-token 9", "did you mean --max-tokens"),
         ("--depth 3", "--vision-depth or --text-depth or --decoder-depth"),
-        ("--flip 3", "3: no flag stands before it"),
+        ("--flip 3", "--flip 3: --flip takes no value; --no-flip says the opposite"),
+        ("--no-flip no", "--no-flip no: --no-flip takes no value; --flip says"),
+        ("--overwrite=false", "--overwrite false: --overwrite takes no value; --no-overwrite says"),
+        ("--token_norm=1", "takes no value"),
+        ("--steps 3 16", "16: no flag stands before it"),
+        ("--run-dir=", "--run-dir: its value is empty"),
         ("16", "16: no flag stands before it"),
         ("--steps", "--steps"),
-        ("--steps 1e3", "--steps.*'1e3'"),
+        ("--steps 1e3", "--steps 1e3: use a whole number"),
+        ("--learning-rate fast", "--learning-rate fast: use a number"),
         ("--crop-scale 0.5", "--crop-scale.* 2 values"),
         ("--max-tokens 2", r"max_tokens=2: \[CLS\], one piece and \[SEP\] need 3; set --max-tokens to 3 or more"),
         ("--max-tokens 999", "max_tokens=999 exceeds max_positions=64"),
@@ -88,6 +95,23 @@ def test_wrong_flags_and_values_are_one_line(
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(f"error: .*{words}.*\n", err), err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_terminal_of_any_encoding_reads_the_same_line(
+    encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit):
+        parse(["--objective", "gan"])
+    assert re.fullmatch("error: invalid choice 'gan' for .*'clip'.\n", capsys.readouterr().err.replace(")", ""))
+
+
+@pytest.mark.parametrize("arguments", [["--run-dir", ""], ["", "--steps", "3"]])
+def test_an_unset_variable_of_the_shell_is_no_folder(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert "its value is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
