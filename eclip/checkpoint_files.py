@@ -97,7 +97,10 @@ def _problem(path: Path, ranks: Ranks | None) -> str | None:
 
 
 def _check(path: Path, share: slice) -> None:
-    files = read_state(path).get("files")
+    state = read_state(path)
+    if state["step"] != _step_of(path):
+        raise Damaged(f"{path / STATE}: of step {state['step']}, which is not the folder's; was it copied or renamed?")
+    files = state.get("files")
     if files is None:  # written before digests were kept
         if not (path / ".metadata").is_file():
             raise Damaged(f"{path / '.metadata'}: missing")

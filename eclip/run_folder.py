@@ -28,6 +28,7 @@ from .files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, syn
 
 CONFIG, DATA, TOKENIZER, METRICS = "config.json", "data.json", "tokenizer/tokenizer.json", "metrics.jsonl"
 LOCK = ".lock"
+_READ_AS = "utf-8-sig"  # some editors begin what they save with a byte order mark
 _NEW = ".new"
 _OWN = (
     CONFIG, DATA, TOKENIZER, METRICS, "wandb.json", "launch.json", "evaluation*.json", "grounding*.png",
@@ -44,7 +45,7 @@ def is_run(run_dir: Path) -> bool:
     if list_checkpoints(run_dir):
         return True
     try:
-        record = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+        record = json.loads((run_dir / CONFIG).read_text(encoding=_READ_AS))
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"preset", "run_dir", "model", "objective"} <= record.keys()
@@ -54,9 +55,20 @@ def check_usable(run_dir: Path) -> None:
     """Raise ValueError where a run may not write: a file, another program's folder. Changes nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: a file; choose a folder for --run-dir")
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise ValueError(
+            f"{run_dir}: a link to {os.readlink(run_dir)}, which is not there; make that folder, mount its disk or "
+            f"choose another --run-dir"
+        )
     for name in _FOLDERS:
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise ValueError(f"{run_dir / name}: a file where a run has a folder; choose another --run-dir")
+    for name in (CONFIG, DATA, TOKENIZER, METRICS, LOCK):
+        if (run_dir / name).exists() and not (run_dir / name).is_file():
+            raise ValueError(
+                f"{run_dir / name}: no regular file, and a run has one of that name; move it away or choose another "
+                f"--run-dir"
+            )
     if not is_run(run_dir):
         foreign = [name for name in (CONFIG, DATA, *_FOLDERS, METRICS) if (run_dir / name).exists()]
         if foreign:
@@ -174,7 +186,7 @@ def read_config(run_dir: Path) -> RunConfig:
     """The resolved configuration of a run. Raises ValueError naming the file when it is missing or damaged."""
     path = run_dir / CONFIG
     try:
-        return RunConfig.from_json(path.read_text(encoding="utf-8"))
+        return RunConfig.from_json(path.read_text(encoding=_READ_AS))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; restore it from a copy, or start anew with --overwrite") from None
     except (OSError, ValueError) as error:
@@ -185,7 +197,7 @@ def read_data_record(run_dir: Path) -> dict[str, Any] | None:
     """data.json, None where an older version kept none. Raises ValueError naming the file when it is damaged."""
     path = run_dir / DATA
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding=_READ_AS))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

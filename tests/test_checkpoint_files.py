@@ -88,3 +88,17 @@ def test_set_aside_checkpoints_do_not_count(two_checkpoints: Path, tmp_path: Pat
         assert list_checkpoints(run_dir) == [first]
         shutil.copytree(first, second)
     assert sorted(p.name for p in first.parent.iterdir()) == [first.name, second.name, f"{second.name}.damaged"]
+
+
+def test_a_checkpoint_under_the_name_of_another_step(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole in itself, and the run would go on two steps away from where it says."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    copied = run_dir / "checkpoints" / "step_00000003"
+    shutil.copytree(list_checkpoints(run_dir)[0], copied)
+    found = find_checkpoint(run_dir)
+    assert found is not None
+    assert (found.state["step"], found.damaged) == (2, (copied,))
+    assert "state.json: of step 1, which is not the folder's" in caplog.text

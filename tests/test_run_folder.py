@@ -13,7 +13,7 @@ import pytest
 
 import eclip.run_folder
 from eclip.presets import PRESETS
-from eclip.run_folder import check_usable, delete_run, is_run, own, read_data_record, refuse_busy
+from eclip.run_folder import check_usable, delete_run, is_run, own, read_config, read_data_record, refuse_busy
 from tests.helpers import rank_environment
 
 HOLD = """
@@ -137,3 +137,34 @@ def test_a_damaged_data_record_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=rf"{tmp_path}/data\.json: .*restore it"):
         read_data_record(tmp_path)
     os.remove(tmp_path / "data.json")
+
+
+def test_a_link_to_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """Of a disk that is not mounted, say: nothing is made in its place."""
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match="run: a link to .*disk, which is not there; .*another --run-dir"):
+        check_usable(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    check_usable(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "tokenizer/tokenizer.json", "metrics.jsonl", ".lock"])
+def test_a_folder_or_a_device_where_a_run_has_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    path = tmp_path / name
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{name}: no regular file, .*another --run-dir"):
+        check_usable(tmp_path)
+    path.rmdir()
+    path.symlink_to("/dev/zero")  # whoever reads that never ends
+    with pytest.raises(ValueError, match="no regular file"):
+        check_usable(tmp_path)
+
+
+def test_a_byte_order_mark_of_an_editor_is_no_damage(tmp_path: Path) -> None:
+    config = PRESETS["debug"]
+    (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8-sig")
+    (tmp_path / "data.json").write_text('{"fingerprints": {}}', encoding="utf-8-sig")
+    assert is_run(tmp_path)
+    assert read_config(tmp_path) == config
+    assert read_data_record(tmp_path) == {"fingerprints": {}}
