@@ -30,9 +30,9 @@ def require_finite(
         return
     path = run_dir / f"nonfinite_step{batch.step}_rank{ranks.rank}.json"
     own = {name: float(loss.detach()) for name, loss in losses.items()}
-    report = {"step": batch.step, "mean": values, "rank": own, "keys": batch.keys}
+    report = {"step": batch.step, "mean": _as_json(values), "rank": _as_json(own), "keys": batch.keys}
     with suppress(OSError):  # a full disk must not hide why the run ends
-        path.write_text(json.dumps(report, indent=1))
+        path.write_text(json.dumps(report, indent=1, allow_nan=False))
     bad = ranks.gather(not all(math.isfinite(value) for value in own.values()))
     if ranks.rank != (bad.index(True) if any(bad) else 0):
         raise PeerFailed(f"step {batch.step}: not finite on another rank")
@@ -42,3 +42,8 @@ def require_finite(
         f"step {batch.step}: {numbers}. Images of rank {ranks.rank}: {shown} ({len(batch.keys)} in {path}). "
         f"The newest checkpoint is from before; lower --learning-rate or --clip-norm, or use --no-bf16"
     )
+
+
+def _as_json(numbers: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}

@@ -57,3 +57,5 @@ def test_the_first_rank_at_fault_speaks_and_all_write(
             assert "step 7: loss nan, grad_norm nan" in str(error.value)
         report = json.loads((tmp_path / f"nonfinite_step7_rank{rank}.json").read_text())
         assert len(report["keys"]) == 10
+        assert report["mean"] == {"loss": "nan", "grad_norm": "nan"}  # JSON has no NaN
+        assert report["rank"] == {"loss": "inf" if bad[rank] else 2.0}
