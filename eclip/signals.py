@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class StopSignals:
         """Called from a thread when the first signal arrives, whatever the main thread does."""
         self._tolerance = _SAME_REQUEST_SECONDS if repeated_by_launcher else 0.0
         self._raises, self._handled = True, False
+        self._lost, self._lost_at = False, 0.0
         self._arrived: float | None = None  # time.monotonic() of the first SIGTERM or SIGINT
         self._unanswered: tuple[int, float] | None = None
         self._nudges = 0
@@ -73,12 +75,14 @@ class StopSignals:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup ignores it
         }
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._take_back
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(self._previous_fd)
+        sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._writer.send(_END)  # closing does not end the stream while a forked worker holds a copy of the socket
@@ -114,10 +118,19 @@ class StopSignals:
         if os.getpid() != self._process:  # a data worker has the handler too; its parent tells it what to do
             return
         self._handled = True
-        if self.signum is None:
-            self.signum = self._passed or number
-            if self._raises:
-                raise Stopped(self.signum)
+        if self.signum is not None and not self._lost:
+            return
+        self.signum, self._lost = self.signum or self._passed or number, False
+        if self._raises:
+            raise Stopped(self.signum)
+
+    def _take_back(self, lost: "sys.UnraisableHookArgs") -> None:
+        """Python drops what is raised in __del__ and in callbacks: a Stopped among that is raised once more."""
+        if not isinstance(lost.exc_value, Stopped):
+            self._previous_hook(lost)
+            return
+        self._lost, self._lost_at = True, time.monotonic()
+        self._handled = False  # from here on the thread signals the main one
 
     def _read(self) -> None:
         while True:
@@ -152,7 +165,7 @@ class StopSignals:
         if self._unanswered is None or self._handled:
             return
         number, since = self._unanswered
-        waited = time.monotonic() - since
+        waited = time.monotonic() - max(since, self._lost_at)
         if waited > _TICK:
             # The kernel may have given the signal to another thread, which does not end a wait of the main one.
             self._nudges += 1

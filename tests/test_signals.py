@@ -165,3 +165,19 @@ def test_a_forked_worker_does_not_answer_for_its_parent() -> None:
             os._exit(stop.signum or 0)
         assert os.waitpid(child, 0)[1] == 0
         assert stop.signum is None
+
+
+def test_what_a_destructor_swallows_is_raised_once_more() -> None:
+    class Closing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    with StopSignals() as stop:
+        told: list[int] = []
+        stop.on_request = told.append
+        Closing()
+        assert stop.signum == signal.SIGTERM
+        with pytest.raises(Stopped):
+            threading.Event().wait(60)
+    assert told == [signal.SIGTERM]
