@@ -172,8 +172,8 @@ def _read(tensors: dict[str, Tensor], path: Path, ranks: Ranks | None) -> None:
 
 
 def _unreadable(path: Path, error: BaseException) -> str:
-    reason = (str(error).splitlines() or [""])[0]
-    return f"{path}: cannot be read ({type(error).__name__}: {reason}); remove the folder to take the checkpoint before"
+    reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return f"{path}: cannot be read ({reason}); remove the folder to take the checkpoint before"
 
 
 def _tokenizer_digest(run_dir: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import Found, find_checkpoint, list_checkpoints, set_aside
+from .checkpoint_files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
 from .config import RunConfig
 from .dataloading.demo import pack_demo
 from .dataloading.shards import ShardIndex
@@ -91,12 +91,19 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     config = _absolute(config)
     index = ShardIndex.open(config.data.data_dir, "train")
     record, notes = ranks.from_main(lambda: _data_record(config, index))
+    if config.global_batch_size > index.num_products:
+        notes += (_repeated_products(config, index),)
     checkpoint = None
     if saved is not None:
         record, changed = ranks.from_main(lambda: _check_same_data(config.run_dir, record))
         notes += changed
         checkpoint = find_checkpoint(config.run_dir, ranks)
         assert checkpoint is not None
+        if "loader" not in checkpoint.state:  # an older version's, cut down by hand: this one's has a digest
+            raise ValueError(
+                f"{checkpoint.path / STATE}: does not say where the data stood; restore it from a copy, or remove the "
+                f"folder to take the checkpoint before"
+            )
         saved = _absolute(saved)
         _require_steps(config, checkpoint)
         if checkpoint.state["step"] == config.steps:
@@ -155,6 +162,13 @@ def _check_run_dir(config: RunConfig) -> RunConfig | None:
             f"--overwrite, or choose another --run-dir"
         )
     return None
+
+
+def _repeated_products(config: RunConfig, index: ShardIndex) -> str:
+    return (
+        f"global_batch_size={config.global_batch_size} of {index.num_products} products: a product meets itself in "
+        f"every step, as if it were another one; --global-batch-size {index.num_products} or less avoids that"
+    )
 
 
 def _take_folder(config: RunConfig, checkpoint: Found | None, hold: ExitStack) -> None:

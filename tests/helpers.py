@@ -1,12 +1,14 @@
 """What several test files share: a tolerance, and a way to run code on several ranks."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,6 +39,17 @@ def assert_as_accurate(
     low_error = ((low - exact)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max() / scale).item()
     limit = max(factor * low_error, floor)
     assert error <= limit, f"{name}: relative error {error:.3e}, allowed {limit:.3e} (plain PyTorch: {low_error:.3e})"
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """As on a full disk: writing beyond `limit` bytes of a file fails (EFBIG; Python ignores the signal)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def free_port() -> int:

@@ -4,10 +4,7 @@ import dataclasses
 import errno
 import json
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from eclip.momentum import make_momentum, update_momentum
 from eclip.optim import build_optimizer
 from eclip.parallel import Ranks
 from eclip.presets import PRESETS
-from tests.helpers import run_torchrun
+from tests.helpers import file_size_limit, run_torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CONFIG = PRESETS["debug"].model
@@ -136,17 +133,6 @@ def test_a_checkpoint_of_an_older_version_is_taken_or_named(two_checkpoints: Pat
         load_checkpoint(path, *_new(1), ALONE)
 
 
-@contextmanager
-def _limit_file_size(limit: int) -> Iterator[None]:
-    """As on a full disk: writing beyond `limit` bytes of a file fails (EFBIG; Python ignores the signal)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("limit", [0, 64, 20_000])
 def test_a_full_disk_keeps_the_checkpoints_that_are_there(
     two_checkpoints: Path, tmp_path: Path, trained: Run, limit: int
@@ -155,7 +141,7 @@ def test_a_full_disk_keeps_the_checkpoints_that_are_there(
     shutil.copytree(two_checkpoints, run_dir)
     before = _contents(run_dir)
     with (
-        _limit_file_size(limit),
+        file_size_limit(limit),
         pytest.raises(CannotWrite, match="step_00000003.partial.* cannot be written") as error,
     ):
         save_checkpoint(run_dir, 3, *trained, {}, ALONE, keep=1)

@@ -3,11 +3,8 @@
 import dataclasses
 import importlib.util
 import json
-import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +26,7 @@ from eclip.metrics import (
     named_peak,
 )
 from eclip.presets import PRESETS
+from tests.helpers import file_size_limit
 
 
 def test_console_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,24 +78,13 @@ def test_jsonl_lines_that_are_none_go(tmp_path: Path, odd: bytes) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@contextmanager
-def _file_size_limit(limit: int) -> Iterator[None]:
-    """As on a full disk: no file may grow beyond `limit` bytes (Python ignores the signal, writing fails)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write = jsonl_sink(path)
     write(1, {"loss": 0.5})
     before = path.read_bytes()
     with (
-        _file_size_limit(len(before) + 9),
+        file_size_limit(len(before) + 9),
         pytest.raises(CannotWrite, match=r"metrics\.jsonl: cannot be written \(File too large; "),
     ):
         write(2, {"loss": 0.25})
@@ -112,7 +99,7 @@ def test_a_rewrite_that_fails_keeps_the_file(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(step, {"loss": 0.5})
     before = path.read_bytes()
-    with _file_size_limit(10), pytest.raises(CannotWrite, match=r"metrics\.jsonl: cannot be written"):
+    with file_size_limit(10), pytest.raises(CannotWrite, match=r"metrics\.jsonl: cannot be written"):
         jsonl_sink(path, start_step=2)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from eclip.presets import PRESETS
 from eclip.run_folder import read_config
 from eclip.train import CannotStart, train
 from tests.dataloading.fixtures import make_split
+from tests.helpers import file_size_limit
 from tests.run_folders import ALONE, assert_refused, contents, copy_run, make_config, make_data, make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -117,6 +117,15 @@ def test_a_folder_with_other_files_serves_and_keeps_them(data_dir: Path, tmp_pat
     assert (tmp_path / "slurm-12.out").read_text() == "log"
 
 
+def test_a_batch_larger_than_the_catalogue_is_said(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (9, 10):
+        assert train(make_config(data_dir, tmp_path / str(size), steps=1, global_batch_size=size), ALONE)
+        said = "global_batch_size=10 of 9 products: a product meets itself in every step" in capsys.readouterr().out
+        assert said == (size == 10)
+
+
 def test_a_run_dir_that_is_a_file_is_refused(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder, words in ((tmp_path / "file", "a file; choose a folder"), (tmp_path / "file" / "below", "file")):
@@ -208,13 +217,11 @@ def test_a_full_disk_at_the_start_loses_nothing(data_dir: Path, run_dir: Path, l
     folder = run_dir if kind != "fresh" else run_dir.parent / "fresh"
     before = contents(folder)
     flags = {"resume": kind == "resume", "overwrite": kind == "overwrite", "steps": 4}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-    try:
-        with pytest.raises(CannotStart, match=r"(\.lock|config\.json|tokenizer\.json): cannot be written") as error:
-            train(make_config(data_dir, folder, **flags), ALONE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        file_size_limit(limit),
+        pytest.raises(CannotStart, match=r"(\.lock|config\.json|tokenizer\.json): cannot be written") as error,
+    ):
+        train(make_config(data_dir, folder, **flags), ALONE)
     assert "\n" not in str(error.value)
     after = contents(folder)
     assert {n: v for n, v in after.items() if n != ".lock"} == {n: v for n, v in before.items() if n != ".lock"}

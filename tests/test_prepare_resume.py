@@ -212,3 +212,9 @@ def test_locked_towers_come_from_the_checkpoint(
     assert loaded == [tower]
     assert {p.name for p in (shards / "features").glob("*.npy")} == cached
     assert all((p == 0.01).all() for p in load_run(tmp_path / "run")[0].image_encoder.parameters())
+
+
+def test_an_older_checkpoint_that_does_not_say_where_the_data_stood(data_dir: Path, run_dir: Path) -> None:
+    (list_checkpoints(run_dir)[-1] / "state.json").write_text('{"step": 2, "world_size": 1}')
+    words = "state.json: does not say where the data stood; .*the checkpoint before"
+    assert_refused(make_config(data_dir, run_dir, resume=True, steps=3), words)
