@@ -147,7 +147,7 @@ def replace_shards(data_dir: Path, *, only: str | None = None) -> Iterator[Path]
         raise ValueError(f"{data_dir}: {_reason(data_dir, error)}; what was there before is as it was") from error
     except KeyboardInterrupt as stop:
         if not done:
-            raise type(stop)(f"{data_dir}: stopped; what was there before is as it was") from None
+            stop.args = (f"{data_dir}: stopped; what was there before is as it was",)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import eclip.train
 from eclip.checkpoint import load_run
 from eclip.checkpoint_files import list_checkpoints
 from eclip.dataloading.lock import alone
+from eclip.dataloading.shard_swap import replace_shards
 from eclip.model.eclip import ECLIP
 from eclip.prepare import prepare
 from eclip.presets import PRESETS
 from eclip.run_folder import read_config
+from eclip.signals import Stopped
 from eclip.train import CannotStart, train
 from tests.dataloading.fixtures import make_split
 from tests.helpers import file_size_limit
@@ -251,3 +254,10 @@ def test_a_vocabulary_that_does_not_know_the_titles_is_refused(data_dir: Path, r
     assert train(make_config(data_dir, tmp_path / "cased", vocab_file=vocab, cased=True, steps=1), ALONE)
     restored = load_run(tmp_path / "cased")[2]
     assert restored.unk_id not in restored.encode(["Title 3 of kind 1"])[0]
+
+
+def test_a_stop_while_the_catalogue_is_packed_stays_one(tmp_path: Path) -> None:
+    """Training's own exception, which knows the signal, passes through the packer."""
+    with pytest.raises(Stopped, match="what was there before is as it was") as stop, replace_shards(tmp_path):
+        raise Stopped(signal.SIGTERM)
+    assert stop.value.signum == signal.SIGTERM
