@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import multiprocessing
 import multiprocessing.util
@@ -115,8 +116,10 @@ class Workers:
         process = multiprocessing.get_context("fork").Process(
             target=_serve, args=(make, series, slots, its, [mine, *siblings], _Parent.of_this_thread()), daemon=True
         )
-        # A signal between the fork and the worker's first lines would run the parent's handler in the worker.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        # Between the fork and the worker's first lines a signal would run the parent's handler in the worker, and a
+        # collection the destructors of the parent's garbage.
+        mask, collecting = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS), gc.isenabled()
+        gc.disable()
         try:
             process.start()
         except OSError as error:
@@ -125,6 +128,8 @@ class Workers:
         finally:
             its.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if collecting:
+                gc.enable()
         return _Worker(process, mine, slots)
 
     def take(self, unpack: Callable[[bytes, Slot], T]) -> T:
@@ -252,6 +257,9 @@ def _serve(
     parent: _Parent,
 ) -> None:
     """A worker's life."""
+    # What was garbage in the parent stays so: the destructor of a DALI pipeline waits for threads that no fork has.
+    gc.freeze()
+    gc.enable()
     # Queues signal every process of a job. A worker that heeded it would fail the run before its checkpoint is written.
     signal.set_wakeup_fd(-1)
     for signum in _STOP_SIGNALS:

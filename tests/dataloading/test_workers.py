@@ -1,6 +1,7 @@
 """Data workers: killed, stopped, stalled, orphaned; whatever happens to them is one line and leaves no process."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -195,6 +196,39 @@ def test_fork_of_the_parent_that_ends_leaves_the_workers_alone():
     assert child.exitcode == 0
     assert [pool.take(unpack)[0] for _ in range(6)] == list(range(5, 11))
     pool.close()
+
+
+def test_garbage_of_the_parent_is_left_to_it():
+    """A DALI pipeline that is part of a cycle, say: its destructor would wait for ever for threads that no fork has."""
+    destroyed_by = []
+
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            destroyed_by.append(os.getpid())
+
+    def make(number, slot):
+        gc.collect()
+        return str(len(destroyed_by)).encode()
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        Cycle()
+        pool = workers(make)
+        assert not gc.isenabled()
+        assert [pool.take(lambda rest, slot: int(rest)) for _ in range(4)] == [0] * 4
+        gc.collect()
+        assert destroyed_by == [os.getpid()]
+        gc.enable()
+        more = workers()
+        assert gc.isenabled()
+        for one in (pool, more):
+            one.close()
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
 
 
 def test_death_of_a_worker_that_nobody_may_wait_for(monkeypatch):
