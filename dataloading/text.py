@@ -173,7 +173,8 @@ class WordPiece:
         if not path.is_file():
             raise ValueError(f"{path}: no tokenizer there; a run folder holds one from its first step on")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            # Not Tokenizer.from_file: it takes names of files that are UTF-8 alone, whatever the locale makes of them.
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing more special
             words = " ".join(str(error).split())
             raise ValueError(f"{path}: damaged ({words}); restore it from a copy of the run") from None

@@ -193,15 +193,19 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def _data_record(config: RunConfig, index: ShardIndex) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """data.json, and notes on splits that are there and cannot be read. --evaluate needs the test split."""
+    """data.json, and notes on splits that are there and cannot be read.
+
+    --evaluate needs the test split, and val, from which it takes its thresholds, whole or not at all.
+    """
     fingerprints, notes = {"train": index.fingerprint}, []
     for split in ("val", "test"):
         try:
             fingerprints[split] = ShardIndex.open(config.data.data_dir, split).fingerprint
         except ValueError as error:
-            if split == "test" and config.evaluate:
+            there = any(config.data.data_dir.glob(f"{split}-*.tar"))
+            if config.evaluate and (split == "test" or there):
                 raise ValueError(f"{error}; or train with --no-evaluate") from error
-            if list(config.data.data_dir.glob(f"{split}-*.tar")):
+            if there:
                 notes.append(f"the {split} split is not recorded: {error}")
     return {"data_dir": str(config.data.data_dir), "fingerprints": fingerprints}, tuple(notes)
 

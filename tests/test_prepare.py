@@ -180,6 +180,17 @@ def test_a_run_that_came_between_check_and_lock_is_noticed(
         train(make_config(data_dir, run_dir, resume=True, steps=4), ALONE)
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_evaluation_that_would_fail_is_refused_at_the_start(data_dir: Path, tmp_path: Path, split: str) -> None:
+    """At the end it needs the test split, and val, if there is one, for its thresholds."""
+    shards = tmp_path / "shards"
+    shutil.copytree(data_dir, shards)
+    (shards / f"{split}-000000.tar").write_bytes(b"no tar")
+    config = make_config(shards, tmp_path / "run", steps=1, evaluate=True)
+    assert_refused(config, rf"{split}-000000.tar.*; or train with --no-evaluate")
+    assert not config.run_dir.exists()
+
+
 def test_the_data_are_recorded_by_absolute_path_and_fingerprint(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

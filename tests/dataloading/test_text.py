@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eclip.dataloading.text import SPECIALS, WordPiece
+from tests.helpers import run_command
 
 TEXTS = [
     f"{c} {m} {n}, {s} cm"
@@ -216,3 +217,12 @@ def vocab_file(folder, *pieces):
     path = folder / "vocab.txt"
     path.write_text("\n".join([*SPECIALS, *pieces]) + "\n", encoding="utf-8")
     return path
+
+
+def test_saved_and_loaded_in_a_folder_that_the_locale_cannot_spell(tmp_path):
+    folder = tmp_path / "läufe 运行"
+    WordPiece.train(TEXTS, vocab_size=200).save(folder)
+    code = "import sys; from eclip.dataloading.text import WordPiece as W; W.load(sys.argv[1]).save(sys.argv[1])"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run_command([sys.executable, "-c", code, str(folder)], env=plain)
+    assert WordPiece.load(folder).vocab_size <= 200
