@@ -1,23 +1,17 @@
-"""What the commands of this folder share: a refusal is one line, and a signal ends them after they cleaned up.
-
-Nobody need listen: a reader that left (`| head`), a closed terminal or a full disk under the output stops no work.
-"""
+"""What the commands of this folder share: a refusal is one line, and a signal ends them after they cleaned up."""
 
 import argparse
 import contextlib
-import ctypes
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
-from tqdm import tqdm
+from .console import Unheard
 
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A scheduler's and a closed terminal's way to end a command."""
-_PR_SET_PDEATHSIG = 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,59 +32,6 @@ class HungUp(Terminated):
     """SIGHUP: the terminal was closed."""
 
     number = signal.SIGHUP
-
-
-class Unheard:
-    """A stream, or None as Python has it for a closed one, that may fail: what cannot be written is dropped.
-
-    Letters that its encoding lacks are escaped.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        """Write as far as that is possible."""
-        if self._stream is not None:
-            encoding = self._stream.encoding or "utf-8"
-            with self._failing():
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-
-    def flush(self) -> None:
-        """Flush as far as that is possible."""
-        if self._stream is not None:
-            with self._failing():
-                self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError):  # the second of one closed meanwhile
-            lost, self._stream = self._stream, None
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                # Python flushes what is left once more when it ends, and would end with status 120.
-                os.dup2(nowhere.fileno(), lost.fileno() if lost else -1)
-
-
-def say(line: str) -> None:
-    """Print a line where somebody listens."""
-    print(line, file=Unheard(sys.stdout), flush=True)
-
-
-def progress_bar(total: int, *, unit: str, desc: str, disable: bool) -> "tqdm[NoReturn]":
-    """A bar on standard error, where somebody listens."""
-    stream: Any = Unheard(sys.stderr)
-    return tqdm(total=total, unit=unit, desc=desc, disable=disable, mininterval=0.5, file=stream)
-
-
-def die_with_parent() -> None:
-    """Have this process killed when the one that started it is: on Linux; elsewhere nothing happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -29,10 +29,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer
-from .command import Parser, die_with_parent, one_line_errors, progress_bar, say
+from .command import Parser, one_line_errors
+from .console import progress_bar, say
 from .demo_scenes import DISTRACTORS, Sprite, compose, num_distractors
 from .demo_split import SPLITS, near_identical, split_products
 from .demo_titles import CatalogProduct, CatalogSku
+from .parent import die_with_parent
 from .schema import SOURCES, ImageRecord, Product
 from .shard_swap import own, refuse_foreign, replace_shards, require_finished, write_record
 from .shard_writer import Sample, image_name, write_tars

@@ -31,7 +31,8 @@ from typing import Any
 from tqdm import tqdm
 
 from .catalog_split import check_shares, require_entries, split_of
-from .command import Parser, one_line_errors, progress_bar, say
+from .command import Parser, one_line_errors
+from .console import progress_bar, say
 from .gather import Draft, gather, to_sample
 from .image_folder import ImageFolder, decoding_threads
 from .images import MIN_SIDE, encode_image

@@ -11,7 +11,6 @@ the parent sends, one for each item it took.
 
 import atexit
 import contextlib
-import ctypes
 import errno
 import gc
 import mmap
@@ -35,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import DataError
+from .parent import die_with_parent
 from .waiting import wait_for
 
 T = TypeVar("T")
@@ -46,7 +46,6 @@ _STOP_SIGNALS = {
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
 }  # fmt: skip
 """What terminals, queues and launchers send to every process of a job to stop it."""
-_PR_SET_PDEATHSIG = 1
 _STATES = {
     "T": "is stopped (by SIGSTOP, a debugger or a frozen container); kill -CONT {pid} lets it go on",
     "t": "is stopped by a debugger",
@@ -242,8 +241,8 @@ class _Parent(NamedTuple):
 
 def _end_with(parent: _Parent) -> None:
     """Be killed when the parent dies, now if it is dead already."""
-    if sys.platform == "linux" and parent.dies_as_one:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent.dies_as_one:
+        die_with_parent()
     if os.getppid() != parent.pid:
         os._exit(1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
-from .console import say
+from .dataloading.console import say
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
 from .ending import conclude, leave, once, say_stopped

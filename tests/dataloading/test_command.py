@@ -1,6 +1,5 @@
 """What the commands share: nobody need listen, a refusal is one line, and each signal has its exit status."""
 
-import io
 import signal
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eclip.dataloading.command import Unheard, one_line_errors, progress_bar, say
+from eclip.dataloading.command import one_line_errors
 from tests.dataloading.shop import simple, split_keys
 from tests.helpers import rank_environment
 
@@ -25,32 +24,6 @@ def test_a_packing_ends_well_when_nobody_listens(tmp_path: Path, streams: str) -
     run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "rror" not in run.stderr, run.stderr
     assert split_keys(out)["train"] == {"p0", "p1", "p2"}
-
-
-def test_what_cannot_be_written_is_dropped() -> None:
-    class Broken(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    closed = io.StringIO()
-    closed.close()
-    for stream in (Broken(), closed, None):
-        print("words", file=Unheard(stream), flush=True)
-
-
-def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    say("Stühle \udcff")
-    assert written.getvalue() == b"St\\xfchle \\udcff\n"
-
-
-def test_progress_is_on_standard_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    with progress_bar(2, unit="product", desc="packing", disable=False) as bar:
-        bar.update(2)
-    out, err = capsys.readouterr()
-    assert not out and "packing: 100%" in err
 
 
 @pytest.mark.parametrize(
