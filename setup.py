@@ -1,5 +1,6 @@
 """Package metadata: version, dependencies, extras, packages. Exact tested versions are in constraints.txt."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,14 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "eclip/__init__.py").read_text(encoding="utf-8"))[1]
+
+# Every folder with code. eclip/kernels and eclip/dataloading are links to the top-level folders of those names, which
+# have no __init__.py: setuptools' own search would leave them out.
+PACKAGES = sorted(
+    ".".join(Path(folder).relative_to(ROOT).parts)
+    for folder, _, files in os.walk(ROOT / "eclip", followlinks=True)
+    if any(name.endswith(".py") for name in files)
+)
 
 # DALI reads and decodes on the CPU as well; its wheels exist for Linux only, and the loader works without it.
 DALI = 'nvidia-dali-cuda130>=2.4; sys_platform == "linux"'
@@ -20,9 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # eclip/kernels and eclip/dataloading are links to the top-level folders of those names; they have no __init__.py,
-    # so the packages are written out instead of found.
-    packages=["eclip", "eclip.dataloading", "eclip.evaluate", "eclip.kernels", "eclip.model"],
+    packages=PACKAGES,
     package_data={"eclip.dataloading": ["demo_catalog/*"]},
     include_package_data=False,
     install_requires=[

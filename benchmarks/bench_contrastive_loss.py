@@ -31,7 +31,7 @@ from benchmarks.conftest import ON_GPU, Bench
 from benchmarks.contrastive_baselines import PROVIDERS, Loss, Provider, eager_fixed_keys, eager_soft
 from benchmarks.contrastive_exact import Exact, exact_loss
 from benchmarks.contrastive_goals import BOTH, FIXED_KEYS, FORWARD, SOFT, label
-from eclip.kernels.contrastive_loss import contrastive_loss
+from eclip.kernels.contrastive import contrastive_loss
 
 SIZES = {"4k": 2**12, "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "1M": 2**20}
 LAST = ("262k", "1M")  # seconds a row

@@ -14,7 +14,7 @@ from benchmarks.baselines import PROVIDERS, provide
 from benchmarks.bench_contrastive_loss import features, sampled_rows
 from benchmarks.conftest import Bench
 from benchmarks.contrastive_goals import label
-from eclip.kernels.sigmoid_loss import sigmoid_loss
+from eclip.kernels.contrastive import sigmoid_loss
 
 SCALE, BIAS = 10.0, -10.0
 

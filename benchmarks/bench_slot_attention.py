@@ -39,7 +39,7 @@ from benchmarks.slot_attention_baselines import (
 from benchmarks.slot_attention_goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
 from eclip.config import ModelConfig
 from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
-from eclip.kernels.slot_attention_core import core
+from eclip.kernels.slot_attention.ops import core
 from eclip.model.instance_decoder import InstanceDecoder
 
 MODES = (FORWARD, BACKWARD, BOTH)

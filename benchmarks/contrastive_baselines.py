@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.baselines import compiled
 from benchmarks.contrastive_blocks import blocks
-from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 

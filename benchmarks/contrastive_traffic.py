@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.contrastive_baselines import open_clip_losses
 from benchmarks.contrastive_goals import TRAFFIC, label
-from eclip.kernels.contrastive_loss import contrastive_loss
+from eclip.kernels.contrastive import contrastive_loss
 
 WORLD = 2
 SCALE = 50.0

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
-from eclip.kernels.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
 from eclip.model.eclip import ECLIP, ImageFeatures
 from eclip.parallel import gather_rows
 

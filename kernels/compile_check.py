@@ -167,8 +167,9 @@ def all_cases(only: str = "") -> list[Case]:
     own = Path(__file__)
     cases: list[Case] = []
     with_kernels = set()
-    for file in sorted(own.parent.glob("*.py")):
-        name, text = f"{__package__}.{file.stem}", file.read_text()
+    for file in sorted(own.parent.rglob("*.py")):
+        path = file.relative_to(own.parent).with_suffix("")
+        name, text = ".".join((__package__, *path.parts)), file.read_text()
         if file.name == own.name:
             continue
         if "def compile_cases(" in text:

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -28,8 +29,11 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_every_folder_with_code_is_a_package(metadata: dict[str, Any]) -> None:
-    folders = {p.parent for p in (ROOT / "eclip").rglob("*.py")} | {ROOT / "eclip/kernels", ROOT / "eclip/dataloading"}
-    assert set(metadata["packages"]) == {".".join(f.relative_to(ROOT).parts) for f in folders}
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {Path(file).parent for file in tracked.split()}
+    expected = {f.parts for f in folders if f.parts[:1] == ("eclip",)}
+    expected |= {("eclip", *f.parts) for f in folders if f.parts[:1] in (("kernels",), ("dataloading",))}
+    assert set(metadata["packages"]) == {".".join(parts) for parts in expected}
 
 
 def test_the_embedded_catalogue_is_packaged(metadata: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import eclip.objectives
 from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
-from eclip.kernels.contrastive_loss import contrastive_loss
+from eclip.kernels.contrastive import contrastive_loss
 from eclip.model.eclip import ECLIP
 from eclip.momentum import make_momentum
 from eclip.objectives import (

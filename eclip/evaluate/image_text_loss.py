@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eclip.evaluate.features import Features
 from eclip.evaluate.report import Table
-from eclip.kernels.contrastive_loss import contrastive_loss
+from eclip.kernels.contrastive import contrastive_loss
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from benchmarks.bench_contrastive_loss import Case
 from benchmarks.contrastive_baselines import PROVIDERS, eager_fixed_keys, eager_soft
 from benchmarks.contrastive_exact import exact_loss
 from benchmarks.contrastive_goals import BOTH, FORWARD, HUGE, LARGE, SHAPE, SHARP, label
-from eclip.kernels.contrastive_loss import contrastive_loss_reference
+from eclip.kernels.contrastive import contrastive_loss_reference
 
 B, D = 24, 16
 IDS = torch.arange(B) * 2 // 3

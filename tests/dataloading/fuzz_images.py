@@ -22,8 +22,7 @@ from unittest import mock
 import numpy as np
 
 from eclip.dataloading import images
-
-from .pictures import valid
+from tests.dataloading.pictures import valid
 
 SLOW = 20.0
 SIZES = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 60_000, 0x7FFFFFFF, 0xFFFFFFFF)

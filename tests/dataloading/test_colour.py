@@ -7,8 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from eclip.dataloading.colour import is_srgb, to_srgb
-
-from .pictures import ADOBE_RGB, cmyk_profile, grey_profile, photo, rgb_profile, save
+from tests.dataloading.pictures import ADOBE_RGB, cmyk_profile, grey_profile, photo, rgb_profile, save
 
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 """Linear sRGB to XYZ, adapted to D50."""

@@ -16,9 +16,8 @@ from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-
-from .fixtures import jpeg, make_split
-from .pictures import cmyk_profile, exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save
+from tests.dataloading.fixtures import jpeg, make_split
+from tests.dataloading.pictures import cmyk_profile, exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save
 
 # pytest takes the place of the filter that images.py sets
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

@@ -6,9 +6,8 @@ from PIL import Image, ImageCms
 
 from eclip.dataloading.headers import plain, plain_bytes, png_chunks
 from eclip.dataloading.images import STORED, encode_image, open_image
-
-from .fixtures import jpeg
-from .pictures import exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save
+from tests.dataloading.fixtures import jpeg
+from tests.dataloading.pictures import exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 UPRIGHT = Image.Exif()

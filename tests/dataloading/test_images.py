@@ -15,8 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from eclip.dataloading.images import CorruptImageError, encode_image, open_image, upright_rgb
-
-from .pictures import exif_block, photo, png, png_chunk, rgb_profile, save, valid
+from tests.dataloading.pictures import exif_block, photo, png, png_chunk, rgb_profile, save, valid
 
 # pytest takes the place of the filter that images.py sets
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton import knobs
 
-from eclip.kernels import _launch
+from eclip.kernels import launch as _launch
 from tests.kernels import bf16_interp
 
 

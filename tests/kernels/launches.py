@@ -18,12 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from eclip.kernels import contrastive_backward_kernels, contrastive_kernels, contrastive_tile
-from eclip.kernels import slot_attention_backward_kernels as backward
-from eclip.kernels import slot_attention_kernels as forward
 from eclip.kernels.compile_check import SHARED_MEMORY
-from eclip.kernels.contrastive_logits import Logits, Wanted
-from eclip.kernels.contrastive_positives import find_matches, positive_weights
+from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
+from eclip.kernels.contrastive import triton_forward as contrastive_kernels
+from eclip.kernels.contrastive import triton_tiles as contrastive_tile
+from eclip.kernels.contrastive.positives import find_matches, positive_weights
+from eclip.kernels.contrastive.problem import Logits, Wanted
+from eclip.kernels.slot_attention import backward, forward
 
 # Name: B, H, G, N, T, D, separate values, calls that share the tokens.
 CALLS = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from eclip.kernels import contrastive_backward_kernels
-from eclip.kernels._launch import exact_products
-from eclip.kernels.contrastive_loss import contrastive_loss
-from tests.kernels.contrastive_checks import make_arguments, value_and_grads
+from eclip.kernels.contrastive import contrastive_loss
+from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
+from eclip.kernels.launch import exact_products
+from tests.kernels.contrastive.checks import make_arguments, value_and_grads
 
 GPU, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 ON_GPU = SimpleNamespace(is_cuda=True, dtype=torch.float32)  # as much of a tensor as is looked at

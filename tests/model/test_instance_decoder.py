@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eclip.kernels import slot_attention_core as core
+from eclip.kernels.slot_attention import ops as core
 from eclip.model.instance_decoder import InstanceBlock, InstanceDecoder, InstanceQueries
 from tests.model.tiny import tiny
 

@@ -1,0 +1,177 @@
+"""Sums over a matrix of logits that is never in memory, and their gradient: the ops under the contrastive losses.
+
+    s_ij = scale <I_i, T_j> + b_j      Y_ij = row_weight_i + col_weight_j at a positive, 0 elsewhere
+
+    kind        row_stat_i              col_stat_j              total                       G_ij
+    "both"      logsumexp_j s_ij = r_i  logsumexp_i s_ij = c_j  sum of r, c and -Y s        e^(s-r) + e^(s-c) - Y
+    "rows"      logsumexp_j s_ij = r_i  (empty)                 sum of r and -Y s           e^(s-r) - Y
+    "sigmoid"   sum_j softplus(s_ij)    (empty)                 sum of softplus(s), -Y s    sigmoid(s) - Y
+
+    dI = scale G T      dT = scale G^T I      db = column sums of G      dscale = sum_i <I_i, (G T)_i>
+
+A tile of logits gives both its row and its column sums, so the forward is a single matrix product, 2 R C D FLOP (a loss
+computed once a side needs two); the backward is three, or two where the forward kept exp(s). On a GPU the work is done
+by contrastive_kernels.py and contrastive_backward_kernels.py, elsewhere by contrastive_plain.py. Results repeat bit by
+bit. Sums, exponentials and statistics are fp32 for every half-precision dtype.
+
+Letters: R rows (images), C columns (texts), D features. The ops take the fields of `Logits` one by one, as PyTorch
+wants them; everything under them takes a `Logits`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import accumulate_dtype, autocast_off, exact_products, launches_triton
+from .plain import plain_gradients, plain_statistics
+from .problem import Logits, Wanted, magnitudes, safe_shift
+from .triton_backward import triton_gradients
+from .triton_forward import triton_statistics
+from .triton_tiles import padded_shape
+
+
+def keeps_logits(image: Tensor, num_cols: int, kind: str, budget: int) -> bool:
+    """Whether the forward should keep exp(s - shift), as bf16 of the `padded_shape` of (R, C), for the backward."""
+    rows, cols = padded_shape(image.shape[0], num_cols)
+    return 2 * rows * cols <= budget and launches_triton(image) and image.dtype == torch.bfloat16 and kind != "sigmoid"
+
+
+def pair_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row_stat (R,), col_stat (C,) (empty for one-sided kinds) and target (R,), target_i = sum_j Y_ij s_ij.
+
+    kept: bf16 of the `padded_shape` of (R, C), is filled with exp(s - shift); None where `keeps_logits` says no.
+    """
+    image, scale = logits.image, logits.scale
+    if image.device.type == "cpu" and not torch.isfinite(scale).all():
+        raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
+    with torch.no_grad(), autocast_off(image), exact_products(image):
+        return triton_statistics(logits, kept) if launches_triton(image) else plain_statistics(logits)
+
+
+def loss_terms(row_stat: Tensor, col_stat: Tensor, target: Tensor, kind: str) -> Tensor:
+    """(R,) share of each row in the total; col_stat (R,): of the columns that the rows are paired with."""
+    # Subtract before summing: the terms are small differences of large numbers.
+    return row_stat + col_stat - target if kind == "both" else row_stat - target
+
+
+@torch.library.custom_op("eclip::contrastive_total", mutates_args=())
+def contrastive_total(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_match: Tensor | None,
+    col_match: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    kind: str,
+    mode: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return total (), row_stat, col_stat, shift (1,) and kept (bf16, (0, 0) unless `keep`).
+
+    Rows are paired with the first R columns. Differentiable in image, text, scale and bias through `total` alone.
+    """
+    shift = safe_shift(magnitudes(image, text, bias), scale, kind)
+    kept = _new_kept(image, text, keep)
+    logits = Logits(image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, 0, kind, mode)
+    row_stat, col_stat, target = pair_statistics(logits, kept if keep else None)
+    return loss_terms(row_stat, col_stat, target, kind).sum(), row_stat, col_stat, shift, kept
+
+
+def _new_kept(image: Tensor, text: Tensor, keep: bool) -> Tensor:
+    shape = padded_shape(image.shape[0], text.shape[0]) if keep else (0, 0)
+    return image.new_empty(shape, dtype=torch.bfloat16)
+
+
+@contrastive_total.register_fake
+def _(image, text, scale, bias, row_match, col_match, row_weight, col_weight, kind, mode, keep):
+    compute = accumulate_dtype(image.dtype)
+    return (
+        image.new_empty((), dtype=compute),
+        image.new_empty((image.shape[0],), dtype=compute),
+        image.new_empty((text.shape[0] if kind == "both" else 0,), dtype=compute),
+        image.new_empty((1,), dtype=compute),
+        _new_kept(image, text, keep),
+    )
+
+
+@torch.library.custom_op("eclip::contrastive_gradients", mutates_args=())
+def pair_gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_match: Tensor | None,
+    col_match: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    row_stat: Tensor,
+    col_stat: Tensor,
+    shift: Tensor,
+    kept: Tensor | None,
+    factor: Tensor,
+    offset: int,
+    kind: str,
+    mode: str,
+    image_grad: bool,
+    text_grad: bool,
+    scale_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return factor times the gradients of the total: image (R, D), text (C, D), scale () and bias (C,).
+
+    The first two are in the features' dtype, the others in the statistics'. What is not asked for has no rows, the
+    scale's is 0, and the products for it are left out. factor (): the gradient of the total. col_stat may cover more
+    rows than `image` has (the rows of all ranks).
+    """
+    logits = Logits(image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, offset, kind, mode)
+    wanted = Wanted(image_grad, text_grad, scale_grad, bias_grad)
+    with autocast_off(image), exact_products(image):
+        if launches_triton(image):
+            return triton_gradients(logits, row_stat, col_stat, kept, factor, wanted)
+        return plain_gradients(logits, row_stat, col_stat, factor, wanted)
+
+
+@pair_gradients.register_fake
+def _(
+    image, text, scale, bias, row_match, col_match, row_weight, col_weight, row_stat, col_stat, shift, kept, factor,
+    offset, kind, mode, image_grad, text_grad, scale_grad, bias_grad,
+):  # fmt: skip
+    compute = accumulate_dtype(image.dtype)
+    return (
+        image.new_empty((image.shape[0] if image_grad else 0, image.shape[1])),
+        text.new_empty((text.shape[0] if text_grad else 0, text.shape[1])),
+        image.new_empty((), dtype=compute),
+        text.new_empty((text.shape[0] if bias_grad else 0,), dtype=compute),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.kind, ctx.mode, ctx.keep = inputs
+    # Else autograd makes a zero gradient for every other output: for `kept` 2 GiB at B = 32768, in each backward.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    *arguments, kept = ctx.saved_tensors
+    scale, bias = arguments[2:4]
+    wanted = Wanted(*ctx.needs_input_grad[:4])
+    image_grad, text_grad, scale_grad, bias_grad = pair_gradients(
+        *arguments, kept if ctx.keep else None, grad, 0, ctx.kind, ctx.mode, *wanted
+    )
+    return (
+        image_grad if wanted.image else None,
+        text_grad if wanted.text else None,
+        scale_grad.to(scale.dtype).reshape(scale.shape) if wanted.scale else None,
+        bias_grad.to(bias.dtype) if wanted.bias else None,
+        *(None,) * 7,
+    )
+
+
+contrastive_total.register_autograd(_backward, setup_context=_save)

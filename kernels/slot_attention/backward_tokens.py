@@ -1,0 +1,265 @@
+"""Triton kernel that multiplies out the tokens' gradient from the factors that slot attention's backward leaves.
+
+    dE_n = sum over calls and heads of  sum_t C1_nt q_t + C2_nt dout_t  (+ offset_n + slope_n E_n, LayerNorm's share)
+
+All calls that share the tokens are summed in registers, in fp32, and dE is written once. Autograd would write it per
+call and add: at T = 20, N = 196, D = 768 the factors of a call are 0.3 of the bytes of one dE, and its sums 3 dE.
+
+Letters: B images, N tokens, T queries (TP padded to a power of two), D channels, H heads, G token groups.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..compile_check import Case, pointer_to
+from ..launch import on_device_of, readable
+from .cpu import padded_queries
+
+ENOUGH_PROGRAMS = 528  # two for each of up to 132 multiprocessors, twice
+
+
+@triton.jit
+def _pick(pointers, index):
+    """pointers[index], where index is known only when the kernel runs."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        pointer = tl.where(index == i, pointers[i], pointer)
+    return pointer
+
+
+@triton.jit
+def _token_gradient_kernel(
+    coefficients_ptrs,  # tuples with an entry per call
+    q_ptrs,
+    grad_out_ptrs,
+    affine_ptrs,
+    tokens_ptr,
+    grad_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_t,
+    tokens_stride_b,
+    tokens_stride_g,
+    tokens_stride_n,
+    groups,
+    heads_per_group,
+    num_queries,
+    num_tokens,
+    dim,
+    chunks_per_program,
+    WITH_QUERIES: tl.constexpr,
+    WITH_GRAD_OUTS: tl.constexpr,
+    ONE_ENTRY: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Neighbouring programs share coefficients, then queries.
+    chunks = tl.cdiv(dim, BLOCK_D)
+    splits = tl.cdiv(chunks, chunks_per_program)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits % num_blocks
+    row = (tl.program_id(0) // splits // num_blocks).to(tl.int64)  # image * groups + group; B N D passes 2**31
+    image = row // groups
+    group = row % groups
+    t = tl.arange(0, BLOCK_T)
+    token = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    query_in = t < num_queries
+    token_in = token < num_tokens
+    first_head = group * heads_per_group
+    first_row = (image * groups * heads_per_group + first_head) * num_tokens  # of coefficients and affine
+    factors = token[:, None] * (2 * BLOCK_T) + t[None, :]
+    entries = len(coefficients_ptrs) * heads_per_group
+
+    intercept = tl.zeros((BLOCK_N,), tl.float32)
+    slope = tl.zeros((BLOCK_N,), tl.float32)
+    if affine_ptrs is not None:
+        for entry in range(entries):
+            affine = _pick(affine_ptrs, entry // heads_per_group)
+            affine += (first_row + entry % heads_per_group * num_tokens) * 2 + token * 2
+            intercept += tl.load(affine, mask=token_in, other=0.0)
+            slope += tl.load(affine + 1, mask=token_in, other=0.0)
+
+    coefficients = coefficients_ptrs[0] + first_row * (2 * BLOCK_T)
+    if ONE_ENTRY:
+        first = tl.load(coefficients + factors, mask=token_in[:, None], other=0.0)
+        second = tl.load(coefficients + factors + BLOCK_T, mask=token_in[:, None], other=0.0)
+    grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    first_chunk = split * chunks_per_program
+    own_chunks = tl.minimum(chunks_per_program, chunks - first_chunk)
+    # One loop over channel chunks and, within them, the entries of the sum: loads run ahead across chunks too.
+    for step in range(own_chunks if ONE_ENTRY else own_chunks * entries):
+        channel = (first_chunk + (step if ONE_ENTRY else step // entries)) * BLOCK_D + tl.arange(0, BLOCK_D)
+        entry = 0 if ONE_ENTRY else step % entries
+        call = 0 if ONE_ENTRY else entry // heads_per_group
+        member = 0 if ONE_ENTRY else entry % heads_per_group
+        head = first_head + member
+        channel_in = channel < dim
+        rows_in = query_in[:, None]
+        tile_in = token_in[:, None]
+        if not EVEN_D:
+            rows_in &= channel_in[None, :]
+            tile_in &= channel_in[None, :]
+        if not ONE_ENTRY:
+            coefficients = _pick(coefficients_ptrs, call) + (first_row + member * num_tokens) * (2 * BLOCK_T)
+        if ONE_ENTRY:
+            grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if affine_ptrs is not None:  # early: while it comes, the products run
+            tokens_rows = tokens_ptr + image * tokens_stride_b + group * tokens_stride_g
+            tokens_rows += token[:, None] * tokens_stride_n + channel[None, :]
+            tokens = tl.load(tokens_rows, mask=tile_in & (ONE_ENTRY or entry == entries - 1), other=0.0)
+        if WITH_QUERIES:
+            if not ONE_ENTRY:
+                first = tl.load(coefficients + factors, mask=token_in[:, None], other=0.0)
+            q_rows = _pick(q_ptrs, call) + image * q_stride_b + head * q_stride_h
+            q = tl.load(q_rows + (t[:, None] * q_stride_t + channel[None, :]), mask=rows_in, other=0.0)
+            grad = tl.dot(first, q, grad, input_precision=PRECISION)
+        if WITH_GRAD_OUTS:
+            if not ONE_ENTRY:
+                second = tl.load(coefficients + factors + BLOCK_T, mask=token_in[:, None], other=0.0)
+            grad_rows = _pick(grad_out_ptrs, call) + image * grad_out_stride_b + head * grad_out_stride_h
+            grad_out = tl.load(grad_rows + (t[:, None] * grad_out_stride_t + channel[None, :]), mask=rows_in, other=0.0)
+            grad = tl.dot(second, grad_out, grad, input_precision=PRECISION)
+        if ONE_ENTRY or entry == entries - 1:
+            result = grad
+            if affine_ptrs is not None:
+                result += intercept[:, None] + slope[:, None] * tokens.to(tl.float32)
+            result_rows = grad_ptr + row * num_tokens * dim + (token[:, None] * dim + channel[None, :])
+            tl.store(result_rows, result.to(grad_ptr.dtype.element_ty), mask=tile_in)
+            grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+
+def _launch_options(
+    padded: int, num_tokens: int, dim: int, dtype: torch.dtype, *, one_entry: bool, norm: bool
+) -> dict[str, Any]:
+    """Blocks, warps and stages, chosen so that no configuration of `compile_cases` spills a register.
+
+    An entry loads 64 KiB of factors a tile of 128 x 128, which larger tiles would halve and registers do not allow. The
+    tokens that `norm` reads are not prefetched: smaller tiles then, of which two fit on a multiprocessor.
+    """
+    full = dtype == torch.float32  # at full precision the tensor cores are out, and operands sit in registers
+    block_n = 64 if full or num_tokens <= 64 else 128
+    block_d = 2048 // padded if full else 64 if norm and one_entry else 128
+    block_d = min(block_d, 64 if full else 128, max(16, triton.next_power_of_2(dim)))
+    if dim % 16:  # rows without alignment: an address per channel
+        block_d = min(block_d, 32)
+    return {
+        "ONE_ENTRY": one_entry,
+        "EVEN_D": dim % block_d == 0,
+        "PRECISION": "ieee" if full else "tf32",
+        "BLOCK_T": padded,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "num_warps": 8 if full or block_n == 128 else 4,
+        "num_stages": 2 if full or padded > 32 else 3,
+    }
+
+
+def triton_token_gradients(
+    coefficients: list[Tensor],
+    queries: list[Tensor],
+    grad_outs: list[Tensor],
+    affines: list[Tensor],
+    tokens: Tensor,
+    which: str,
+) -> Tensor:
+    batch, groups, num_tokens, dim = tokens.shape
+    heads, num_queries = queries[0].shape[1:3]
+    grad = tokens.new_empty(tokens.shape)
+    if batch == 0:
+        return grad
+    one_entry = len(coefficients) == 1 and heads == groups
+    padded = coefficients[0].shape[-1] // 2
+    options = _launch_options(padded, num_tokens, dim, tokens.dtype, one_entry=one_entry, norm=bool(affines))
+    queries, grad_outs = _same_strides(queries), _same_strides(grad_outs)
+    tokens = readable(tokens)
+    chunks = triton.cdiv(dim, options["BLOCK_D"])
+    programs = batch * groups * triton.cdiv(num_tokens, options["BLOCK_N"])
+    chunks_per_program = triton.cdiv(chunks, min(chunks, triton.cdiv(ENOUGH_PROGRAMS, programs)))
+    with on_device_of(tokens):
+        _token_gradient_kernel[(programs * triton.cdiv(chunks, chunks_per_program),)](
+            tuple(x.contiguous() for x in coefficients),
+            tuple(queries),
+            tuple(grad_outs),
+            tuple(x.contiguous() for x in affines) or None,
+            tokens,
+            grad,
+            *queries[0].stride()[:3],
+            *grad_outs[0].stride()[:3],
+            *tokens.stride()[:3],
+            groups,
+            heads // groups,
+            num_queries,
+            num_tokens,
+            dim,
+            chunks_per_program,
+            WITH_QUERIES=which in ("both", "queries"),
+            WITH_GRAD_OUTS=which in ("both", "grad_outs"),
+            **options,
+        )
+    return grad
+
+
+def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
+    """The kernel takes one set of strides for all calls, which differ only when something unusual made the tensors."""
+    tensors = [readable(x) for x in tensors]
+    alike = all(x.stride() == tensors[0].stride() for x in tensors)
+    return tensors if alike else [x.contiguous() for x in tensors]
+
+
+def compile_cases() -> Iterator[Case]:
+    """The configurations that `compile_check` compiles: one call, the decoder's blocks, keys' and values' gradients."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, num_queries, num_tokens, dim, calls, which, norm in (
+        (bf16, 20, 196, 768, 1, "both", False),
+        (bf16, 20, 196, 768, 1, "both", True),
+        (bf16, 20, 196, 768, 12, "both", False),
+        (bf16, 20, 196, 768, 12, "both", True),
+        (bf16, 20, 196, 64, 1, "queries", False),
+        (bf16, 20, 196, 64, 2, "grad_outs", False),
+        (fp16, 20, 49, 384, 1, "grad_outs", False),
+        (bf16, 1, 196, 16, 2, "both", True),
+        (bf16, 64, 576, 1024, 6, "both", True),
+        (bf16, 20, 729, 1408, 6, "both", True),
+        (fp32, 20, 196, 768, 6, "both", True),
+        (fp32, 64, 196, 1024, 1, "both", True),
+    ):
+        yield _compile_case(dtype, num_queries, num_tokens, dim, calls, which, norm=norm)
+
+
+def _compile_case(
+    dtype: torch.dtype, num_queries: int, num_tokens: int, dim: int, calls: int, which: str, *, norm: bool
+) -> Case:
+    padded = padded_queries(num_queries)
+    options = _launch_options(padded, num_tokens, dim, dtype, one_entry=calls == 1, norm=norm)
+    element = pointer_to(dtype)
+    tuples = dict.fromkeys(("coefficients_ptrs", "q_ptrs", "grad_out_ptrs"), (element,) * calls)
+    if norm:
+        tuples |= {"affine_ptrs": ("*fp32",) * calls}
+    pointers = {"tokens_ptr": element, "grad_ptr": element}
+    axes = {"q": "bht", "grad_out": "bht", "tokens": "bgn"}
+    strides = [f"{x}_stride_{axis}" for x, letters in axes.items() for axis in letters]
+    counts = ("groups", "heads_per_group", "num_queries", "num_tokens", "dim", "chunks_per_program")
+    name = f"slot_attention token gradient {str(dtype).removeprefix('torch.')} T={num_queries} N={num_tokens} D={dim}"
+    return Case(
+        name=f"{name} {calls} x {which}{' norm' if norm else ''}",
+        kernel=_token_gradient_kernel,
+        types=tuples | pointers | dict.fromkeys((*strides, *counts), "i32"),
+        constants={"affine_ptrs": None}
+        | {"WITH_QUERIES": which in ("both", "queries"), "WITH_GRAD_OUTS": which in ("both", "grad_outs")}
+        | {key: value for key, value in options.items() if key.isupper()},
+        divisible=(*tuples, *pointers, *strides, "dim"),
+        options={key: options[key] for key in ("num_warps", "num_stages")},
+        tensor_core=dtype != torch.float32,
+    )

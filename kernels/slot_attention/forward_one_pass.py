@@ -1,0 +1,295 @@
+"""The forward of slot attention for half-precision tokens that are both keys and values: each is read once.
+
+A warp owns a slice of the channels in the scores' product, so that a tile of tokens in shared memory serves both
+products: a batched dot gives every warp's share of S, [WARPS, T, N]; the shares are added; the softmax is spread over
+all warps; then A^T E accumulates in registers, 3 x [32, 256] floats for T = 20 and D = 768. One program needs all of a
+multiprocessor for that, but reads an image's tokens once, where the general kernel reads them three times.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..compile_check import SHARED_MEMORY, Case, pointer_to
+from ..launch import LOG2E
+from .cpu import padded_queries
+from .forward_general import over_tokens, softmax_over_queries
+
+
+@triton.jit
+def slot_attention_one_pass_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    bias_ptr,
+    mask_ptr,
+    query_sum_ptr,
+    out_ptr,
+    mass_ptr,
+    map_ptr,
+    entropy_ptr,
+    value_sum_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_g,
+    k_stride_n,
+    num_heads,
+    heads_per_group,
+    num_queries,
+    num_tokens,
+    split_tokens,
+    dim,
+    scale,
+    eps,
+    norm_eps,
+    NORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    STORE_MAP: tl.constexpr,
+    STORE_ENTROPY: tl.constexpr,
+    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for `_combine_kernel`
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # channels of one chunk; the tokens and queries are held in CHUNKS of them
+    CHUNKS: tl.constexpr,
+    WARPS: tl.constexpr,  # 8, each with a slice of every chunk in the scores' product
+):
+    row = tl.program_id(0).to(tl.int64)  # image * num_heads + head; B * T * D elements pass 2**31 in real batches
+    split = tl.program_id(1)
+    image = row // num_heads
+    head = row % num_heads
+    SLICE: tl.constexpr = BLOCK_C // WARPS
+    # The last padded query takes sums on the side: with weight 1 for every token its row of A^T E is sum_n e_n, which
+    # the normaliser "mean" needs; with ones as channels its scores are D times the tokens' means.
+    SPARE: tl.constexpr = BLOCK_T - 1
+    t = tl.arange(0, BLOCK_T)
+    n = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C)
+    query_in = t < num_queries
+    # Padded and absent queries take no share of the softmax over queries.
+    present = query_in
+    if HAS_MASK:
+        present &= tl.load(mask_ptr + image * num_queries + t, mask=query_in, other=0) != 0
+    bias = tl.zeros((BLOCK_T,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + row * num_queries + t, mask=query_in, other=0.0) * LOG2E
+    bias = tl.where(present, bias, float("-inf"))
+
+    sliced = tl.arange(0, WARPS)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
+    q_rows = q_ptr + image * q_stride_b + head * q_stride_h + t.to(tl.int64)[None, :, None] * q_stride_t + sliced
+    queries = tl.tuple(())  # one entry a chunk
+    sums = tl.tuple(())
+    if HAS_NORM:
+        query_sum = tl.load(query_sum_ptr + row * num_queries + t, mask=query_in, other=0.0)
+    for i in tl.static_range(CHUNKS):
+        in_chunk = query_in[None, :, None] & (i * BLOCK_C + sliced < dim)
+        q = tl.load(q_rows + i * BLOCK_C, mask=in_chunk, other=0.0)
+        if HAS_NORM:
+            q = tl.where((t == SPARE)[None, :, None], 1.0, q.to(tl.float32)).to(q.dtype)
+        queries += (q,)
+        sums += (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
+    # One entry a token of the tile and query, added up after the loop: no reduction between warps inside it.
+    mass = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    entropy = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)  # in bits
+    mean_part = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)  # what the tokens' means contribute to A^T E
+
+    k_base = k_ptr + image * k_stride_b + (head // heads_per_group) * k_stride_g
+    map_rows = map_ptr + row * num_queries * num_tokens
+    first = split * split_tokens
+    last = tl.minimum(first + split_tokens, num_tokens)
+    for start in range(first, last, BLOCK_N):
+        token = start + n
+        token_in = token < last
+        k_rows = k_base + token.to(tl.int64)[:, None] * k_stride_n + c[None, :]
+        tokens = tl.tuple(())
+        for i in tl.static_range(CHUNKS):
+            chunk_in = token_in[:, None] & (i * BLOCK_C + c < dim)[None, :]
+            k = tl.load(k_rows + i * BLOCK_C, mask=chunk_in, other=0.0)
+            tokens += (k,)
+        if HAS_NORM:
+            gram = tl.zeros((WARPS * BLOCK_N // 16, 16, 16), tl.float32)
+            for i in tl.static_range(CHUNKS):
+                blocks = tl.permute(tl.reshape(tokens[i], BLOCK_N // 16, 16, WARPS, SLICE), 2, 0, 1, 3)
+                blocks = tl.reshape(blocks, WARPS * BLOCK_N // 16, 16, SLICE)
+                gram = tl.dot(blocks, tl.trans(blocks, 0, 2, 1), gram)
+            diagonal = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
+            squares = tl.sum(tl.where(diagonal[None], gram, 0.0), 2)
+            squares = tl.sum(tl.reshape(squares, WARPS, BLOCK_N), 0)
+        shares = tl.zeros((WARPS, BLOCK_T, BLOCK_N), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            shares = tl.dot(queries[i], tl.permute(tl.reshape(tokens[i], BLOCK_N, WARPS, SLICE), 1, 2, 0), shares)
+        # tl.split needs its axis within a thread, so the shares move to a layout in which no two threads hold the same.
+        # tl.sum would leave the sum in every warp, each to compute the whole softmax: 1,060 instructions, not 490.
+        shares = tl.reshape(tl.permute(shares, 2, 1, 0), BLOCK_N, BLOCK_T, WARPS // 4, 2, 2)
+        even, odd = tl.split(shares)
+        even, odd = tl.split(even + odd)
+        even, odd = tl.split(even + odd)
+        scores = even + odd
+        if HAS_NORM:
+            # Squares are summed uncentred: the cancellation error grows with a token's offset as that of its rounding
+            # to half precision does, and stays below it.
+            mean = tl.sum(tl.where((t == SPARE)[None, :], scores, 0.0), 1) / dim
+            variance = tl.maximum(squares / dim - mean * mean, 0.0)
+            # Padded tokens have none: at norm_eps = 0 their infinite rstd would reach every query through the product.
+            rstd = tl.rsqrt(tl.where(token_in, variance, 1.0) + norm_eps)
+            scores = (scores - mean[:, None] * query_sum[None, :]) * rstd[:, None]
+        assignment, terms = softmax_over_queries(scores * (scale * LOG2E) + bias[None, :], 1)
+        assignment = tl.where(token_in[:, None], assignment, 0.0)
+        mass += assignment
+        if STORE_ENTROPY:
+            entropy += tl.where(token_in[:, None], terms, 0.0)
+        if STORE_MAP:
+            entry = t[None, :] * num_tokens + token[:, None]
+            tl.store(map_rows + entry, assignment, mask=query_in[None, :] & token_in[:, None])
+        weights = assignment
+        if NORMALIZE == "mean":
+            weights = tl.where((t == SPARE)[None, :] & token_in[:, None], 1.0, weights)
+        if HAS_NORM:
+            # (e - mean) rstd, with rstd in the weights. The correction uses the weights as the dot rounds them: else
+            # their rounding times the mean stays in the result (bf16, mean at 5 sigma: error 6.9e-3, not 3.1e-3).
+            weights = weights * rstd[:, None]
+        rounded = weights.to(k_ptr.dtype.element_ty)
+        if HAS_NORM:
+            mean_part += rounded.to(tl.float32) * mean[:, None]
+        rounded = tl.trans(rounded)
+        added = tl.tuple(())
+        for i in tl.static_range(CHUNKS):
+            added += (tl.dot(rounded, tokens[i], sums[i]),)
+        sums = added
+
+    mass = tl.sum(mass, 0)
+    mean_part = tl.sum(mean_part, 0)
+    part = split * tl.num_programs(0) + row  # row, unless PARTIAL
+    tl.store(mass_ptr + part * num_queries + t, mass, mask=query_in)
+    if STORE_ENTROPY:
+        tl.store(entropy_ptr + part, tl.sum(tl.sum(entropy, 1), 0) / LOG2E)
+    for i in tl.static_range(CHUNKS):
+        channel = i * BLOCK_C + c
+        out = sums[i]
+        if HAS_NORM:
+            out -= mean_part[:, None]
+        value_sum = tl.zeros((BLOCK_C,), tl.float32)
+        if NORMALIZE == "mean":
+            value_sum = tl.sum(tl.where((t == SPARE)[:, None], out, 0.0), 0)
+            if PARTIAL:
+                tl.store(value_sum_ptr + part * dim + channel, value_sum, mask=channel < dim)
+        if not PARTIAL:
+            out = over_tokens(out, mass[:, None], value_sum[None, :], num_tokens, eps, NORMALIZE)
+            out = tl.where(present[:, None], out, 0.0)
+        out_rows = out_ptr + (part * num_queries + t[:, None]) * dim + channel[None, :]
+        tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & (channel < dim)[None, :])
+
+
+def one_pass_options(
+    num_queries: int, dim: int, dtype: torch.dtype, *, normalize: str, norm: bool, return_map: bool, limit: int
+) -> dict[str, Any] | None:
+    """Blocks, warps and stages, so that nothing spills and a block fits; None where the kernel does not apply."""
+    warps, spare = 8, norm or normalize == "mean"
+    block_t = padded_queries(num_queries + spare)
+    if dtype == torch.float32 or block_t > 32 or not 64 < dim <= 1408:
+        return None
+    # As little padding as possible: D = 384 as 3 x 128, 768 as 3 x 256.
+    block_c = min(256, 128, key=lambda width: (triton.cdiv(dim, width) > 4, triton.cdiv(dim, width) * width))
+    chunks = triton.cdiv(dim, block_c)
+    wide = chunks * block_c > 768
+    if (wide and norm) or block_t * chunks * block_c > 32 * 1152:  # the sums would spill
+        return None
+    crowded = wide or (norm and (return_map or normalize == "mean"))  # 32 tokens would spill
+    for block_n in (32, 16):
+        # Queries, two tiles of tokens (one in use, one on its way), every warp's share of the scores.
+        shared = 2 * chunks * block_c * (block_t + 2 * block_n) + 4 * warps * block_t * block_n
+        if shared + 1024 <= limit and not (block_n == 32 and crowded):
+            return {
+                "BLOCK_T": block_t,
+                "BLOCK_N": block_n,
+                "BLOCK_C": block_c,
+                "CHUNKS": chunks,
+                "WARPS": warps,
+                "num_warps": warps,
+                "num_stages": 3,
+            } | ({"maxnreg": 255} if wide else {})  # else ptxas may aim at 128 registers, and spill to get there
+    return None
+
+
+def compile_cases() -> Iterator[Case]:
+    """The configurations that `compile_check` compiles: the decoder's, then each option, split tokens, other shapes."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for generation in (8, 9, 10):
+        for dtype, num_queries, dim, norm, optional, partial in (
+            (bf16, 20, 768, False, False, False),
+            (bf16, 20, 768, False, False, True),
+            (bf16, 20, 768, True, False, False),
+            (bf16, 20, 768, False, True, False),
+            (bf16, 20, 768, True, True, False),
+            (fp16, 7, 384, True, True, True),
+            (bf16, 31, 1024, False, True, False),
+            (bf16, 20, 1152, False, False, False),
+            (bf16, 20, 1152, False, True, False),
+            (bf16, 15, 1408, False, False, False),
+            (bf16, 15, 1408, False, True, True),
+        ):
+            options = one_pass_options(
+                num_queries,
+                dim,
+                dtype,
+                normalize="mean" if optional else "den",
+                norm=norm,
+                return_map=optional,
+                limit=SHARED_MEMORY[10 * generation],
+            )
+            assert options is not None
+            kernel = slot_attention_one_pass_fwd_kernel
+            case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional, partial=partial)
+            yield replace(case, generation=generation)
+
+
+def forward_case(
+    kernel: Any,
+    dtype: torch.dtype,
+    num_queries: int,
+    dim: int,
+    options: dict[str, Any],
+    *,
+    norm: bool,
+    optional: bool,
+    partial: bool = False,
+) -> Case:
+    """`optional`: with bias, mask, exported map and the normaliser that needs most registers. `partial`: split tokens.
+
+    The entropy is always there, as in the decoder.
+    """
+    element = pointer_to(dtype)
+    pointers = {"q_ptr": element, "k_ptr": element, "v_ptr": element, "out_ptr": "*fp32" if partial else element}
+    pointers |= dict.fromkeys(("mass_ptr", "map_ptr", "entropy_ptr"), "*fp32")
+    absent = {"query_sum_ptr": not norm, "value_sum_ptr": not (optional and partial), "bias_ptr": not optional}
+    pointers |= {name: "*fp32" for name, left_out in absent.items() if not left_out}
+    absent["mask_ptr"] = not optional
+    if optional:
+        pointers["mask_ptr"] = "*u8"
+    strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bht"), ("k", "bgn"), ("v", "bgn")) for axis in axes]
+    counts = ("num_heads", "heads_per_group", "num_queries", "num_tokens", "split_tokens", "dim")
+    types = pointers | dict.fromkeys((*strides, *counts), "i32")
+    types |= dict.fromkeys(("scale", "eps", "norm_eps"), "fp32")
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    flags = {"HAS_NORM": norm, "STORE_ENTROPY": True, "PARTIAL": partial, "NORMALIZE": "mean" if optional else "den"}
+    flags |= dict.fromkeys(("HAS_BIAS", "HAS_MASK", "STORE_MAP"), optional)
+    name = f"slot_attention fwd {str(dtype).removeprefix('torch.')} T={num_queries} D={dim}"
+    name += (" norm" if norm else "") + (" mean bias mask map" if optional else "") + (" part" if partial else "")
+    name += " k v" if "v_ptr" in types else ""
+    return Case(
+        name=name,
+        kernel=kernel,
+        types=types,
+        constants={name: None for name, left_out in absent.items() if left_out}
+        | flags
+        | {key: value for key, value in options.items() if key.isupper()},
+        divisible=tuple(name for name in (*pointers, *strides, "split_tokens", "dim") if name in types),
+        options={key: value for key, value in options.items() if key.islower()},
+        tensor_core=dtype != torch.float32,
+    )
