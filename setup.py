@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"eclip.dataloading": ["demo_catalog/*"]},
+    package_data={"eclip.dataloading.demo": ["catalog/*"]},
     include_package_data=False,
     install_requires=[
         "matplotlib>=3.8",

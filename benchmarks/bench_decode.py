@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.conftest import ON_GPU, Bench
-from eclip.dataloading.demo import pack_demo
+from eclip.dataloading.demo.pack import pack_demo
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece

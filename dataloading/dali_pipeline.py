@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .headers import plain, plain_bytes
-from .images import CorruptImageError, check_pixels, open_image
+from .images.headers import plain, plain_bytes
+from .images.opening import CorruptImageError, check_pixels, open_image
 from .pipeline import PREFETCH, Bad, BatchSource, decode_crop, decode_square
 from .sampling import Rows
 from .schema import Batch

@@ -18,9 +18,9 @@ from .pipeline import Bad, BatchSource
 from .sampling import Sampler
 from .schema import Batch
 from .shards import ShardIndex
+from .system.waiting import Beside
 from .text import WordPiece
 from .torch_pipeline import InPlace, TorchPipeline
-from .waiting import Beside
 
 log = logging.getLogger(__name__)
 

@@ -30,17 +30,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .catalog_split import check_shares, require_entries, split_of
-from .command import Parser, one_line_errors
-from .console import progress_bar, say
-from .gather import Draft, gather, to_sample
-from .image_folder import ImageFolder, decoding_threads
-from .images import MIN_SIDE, encode_image
-from .rejection import Rejection
-from .shard_swap import RECORD, REFUSED, REJECTED, listed_tars, own, refuse_foreign, replace_shards, write_record
-from .shard_writer import Sample, image_name, write_shards, write_tars
-from .table_scan import NoImages
-from .tables import add_table_arguments, open_table, require_places, table_options
+from .images.opening import MIN_SIDE, encode_image
+from .packing.catalog_split import check_shares, require_entries, split_of
+from .packing.gather import Draft, gather, to_sample
+from .packing.image_folder import ImageFolder, decoding_threads
+from .packing.rejection import Rejection
+from .packing.shard_swap import (
+    RECORD,
+    REFUSED,
+    REJECTED,
+    listed_tars,
+    own,
+    refuse_foreign,
+    replace_shards,
+    write_record,
+)
+from .packing.shard_writer import Sample, image_name, write_shards, write_tars
+from .system.command import Parser, one_line_errors
+from .system.console import progress_bar, say
+from .tables.scan import NoImages
+from .tables.table import add_table_arguments, open_table, require_places, table_options
 
 # Also what a program that writes its own shards needs.
 __all__ = ["PackReport", "Refused", "encode_image", "image_name", "main", "pack_catalog", "write_shards"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
+from .images.opening import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch
 from .text import WordPiece

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
-from .open_tars import OpenTars
+from .packing.shard_swap import require_finished
 from .schema import SOURCES, ImageRecord, Product
-from .shard_swap import require_finished
-from .tars import IMAGE_SUFFIXES, Span, is_image, is_json, read_samples
+from .tars.open_tars import OpenTars
+from .tars.scan import IMAGE_SUFFIXES, Span, is_image, is_json, read_samples
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 
 from .pipeline import PREFETCH, Bad, BatchSource
 from .schema import Batch
-from .workers import Slot, Workers
+from .system.workers import Slot, Workers
 
 
 class TorchPipeline:

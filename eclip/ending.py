@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from .dataloading.console import say
+from .dataloading.system.console import say
 from .signals import Stopped, StopSignals, signal_name
 from .torchrun import find_place, restart_is_left, stopped_status, write_error_file
 from .watch import PeerFailed, Watch, write_peer_error

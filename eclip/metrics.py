@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import RunConfig
-from .dataloading.console import say
+from .dataloading.system.console import say
 from .files import append_line, replace_text, writing
 
 MetricSink = Callable[[int, Mapping[str, float]], None]

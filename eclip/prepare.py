@@ -14,7 +14,7 @@ from typing import Any
 
 from .checkpoint_files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
 from .config import RunConfig
-from .dataloading.demo import pack_demo
+from .dataloading.demo.pack import pack_demo
 from .dataloading.shards import ShardIndex
 from .dataloading.text import WordPiece
 from .files import writing

@@ -22,7 +22,7 @@ from typing import Any
 
 from .checkpoint_files import DAMAGED, delete, list_checkpoints
 from .config import RunConfig
-from .dataloading.lock import alone
+from .dataloading.system.lock import alone
 from .dataloading.text import WordPiece
 from .files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, sync_folder, writing
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
-from .dataloading.console import say
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
+from .dataloading.system.console import say
 from .ending import conclude, leave, once, say_stopped
 from .feature_cache import FeatureCache, cache_folder, single_image_note
 from .finite import NonFiniteLoss, require_finite

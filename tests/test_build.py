@@ -37,9 +37,8 @@ def test_every_folder_with_code_is_a_package(metadata: dict[str, Any]) -> None:
 
 
 def test_the_embedded_catalogue_is_packaged(metadata: dict[str, Any]) -> None:
-    files = [
-        f for pattern in metadata["package_data"]["eclip.dataloading"] for f in (ROOT / "dataloading").glob(pattern)
-    ]
+    patterns = metadata["package_data"]["eclip.dataloading.demo"]
+    files = [file for pattern in patterns for file in (ROOT / "dataloading/demo").glob(pattern)]
     assert any(f.suffix == ".tar" for f in files)
     assert any("LICENSE" in f.name for f in files)
 

@@ -15,8 +15,8 @@ import eclip.run_folder
 import eclip.train
 from eclip.checkpoint import load_run
 from eclip.checkpoint_files import list_checkpoints
-from eclip.dataloading.lock import alone
-from eclip.dataloading.shard_swap import replace_shards
+from eclip.dataloading.packing.shard_swap import replace_shards
+from eclip.dataloading.system.lock import alone
 from eclip.model.eclip import ECLIP
 from eclip.prepare import prepare
 from eclip.presets import PRESETS

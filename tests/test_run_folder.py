@@ -19,7 +19,7 @@ from tests.helpers import rank_environment
 HOLD = """
 import os, sys
 from pathlib import Path
-from eclip.dataloading.lock import alone  # what `own` holds, without the seconds that torch takes to import
+from eclip.dataloading.system.lock import alone  # what `own` holds, without the seconds that torch takes to import
 with alone(Path(sys.argv[1], ".lock")):
     if os.fork() == 0:  # a data worker, which has the lock file open too
         sys.stdin.read()

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from eclip.dataloading.packing.shard_writer import write_shards
 from eclip.dataloading.schema import ImageRecord, Product
-from eclip.dataloading.shard_writer import write_shards
 
 
 def write_twelve_products(folder: Path) -> Path:

@@ -9,15 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from eclip.dataloading import images
-from eclip.dataloading.headers import plain
-from eclip.dataloading.images import encode_image, open_image
+from eclip.dataloading.images import opening as images
+from eclip.dataloading.images.headers import plain
+from eclip.dataloading.images.opening import encode_image, open_image
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from tests.dataloading.fixtures import jpeg, make_split
-from tests.dataloading.pictures import cmyk_profile, exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save
+from tests.dataloading.images.pictures import (
+    cmyk_profile,
+    exif_block,
+    grey_profile,
+    photo,
+    png,
+    png_chunk,
+    rgb_profile,
+    save,
+)
 
 # pytest takes the place of the filter that images.py sets
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eclip.dataloading import demo, pack
+from eclip.dataloading import pack
+from eclip.dataloading.demo import pack as demo
 from eclip.dataloading.pack import pack_catalog
 from eclip.dataloading.shards import ShardIndex
 from tests.dataloading.shop import content, listed, shop, simple, split_keys

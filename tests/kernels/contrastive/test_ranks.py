@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eclip.kernels.contrastive import contrastive_loss, sigmoid_loss
-from eclip.kernels.contrastive import ranks
+from eclip.kernels.contrastive import contrastive_loss, ranks, sigmoid_loss
 from tests.helpers import run_torchrun
 
 WORKER = '''

@@ -1,0 +1,247 @@
+"""From an image file or its bytes to upright 8-bit sRGB pixels: the one place that knows Pillow's modes and moods.
+
+Packing, the torch decoder and, for what DALI shows otherwise, the DALI path all come here, so an image has the same
+pixels whichever way it goes: EXIF orientation baked in, ICC profile converted to sRGB, 16 bits scaled to 8, transparent
+pixels on white, CMYK and palettes resolved, of an animation the first frame.
+
+Whatever goes wrong with one image is a CorruptImageError: Pillow's plugins raise struct.error, TypeError, OSError,
+RuntimeError, AttributeError, MemoryError, SyntaxError and more, by the kind of damage.
+"""
+
+import ctypes
+import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ..file_kinds import HEAD, file_kind
+from .colour import to_srgb
+
+MAX_PIXELS = 80_000_000  # 240 MB as RGB; from 89.5 million on Pillow suspects a decompression bomb
+MIN_SIDE = 32
+_MAX_SIDE = 65_500  # of a JPEG, by libjpeg
+_MAX_BYTES = 8 * MAX_PIXELS  # what 16-bit RGBA takes uncompressed
+
+STORED = ("JPEG", "PNG", "WEBP")
+"""Formats of the images in shards."""
+# Without those that start another program (EPS), draw (WMF), or hold no pixels Pillow could read (stubs).
+_FILES = (
+    *STORED, "AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI",
+    "TGA", "TIFF", "XBM", "XPM",
+)  # fmt: skip
+
+_HEIC = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx mif1 msf1 heif".split())
+_UNREAD = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
+    (b"\0\x05\x16\x07", "macOS's file of attributes (._ in front of an image's name)"),
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Damage is told by CorruptImageError; Pillow's and libtiff's remarks about it would be lines of stderr for every odd
+# photo. Set once: warnings.catch_warnings is not safe in threads, and packing decodes in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with suppress(AttributeError, OSError):  # a Pillow without libtiff, or with one whose functions cannot be reached
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+@cache
+def _file_formats() -> tuple[str, ...]:
+    """Those of _FILES that this Pillow has; it fails on the name of one that it has not."""
+    Image.init()
+    return tuple(name for name in _FILES if name in Image.OPEN)
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be used. `reason` is one of few sentences; `detail` has numbers and the decoder's words."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)  # both are kept when a worker process pickles the error
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+def _words(error: BaseException) -> str:
+    """An error's text on one line, without addresses of objects, after its type."""
+    text = " ".join(str(error).split())
+    return type(error).__name__ if not text or " at 0x" in text else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def rejecting(reason: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a CorruptImageError; KeyboardInterrupt and SystemExit pass."""
+    try:
+        yield
+    except CorruptImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = str(error).partition(" exceeds")[0]  # a limit of Pillow's follows, which is another one
+        raise CorruptImageError(_too_large(), size) from error
+    except Exception as error:
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise CorruptImageError("truncated" if cut else reason, _words(error)) from error
+
+
+def _too_large() -> str:
+    return f"more than {MAX_PIXELS / 1e6:g} megapixels"
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise CorruptImageError for more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise CorruptImageError(_too_large(), f"{width} x {height} px")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8: that tag alone is read, since what else stands in the block may be broken."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    try:
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own getexif decodes the pixels
+    except Exception:  # a block that cannot be parsed says nothing of how the camera was held
+        return 1
+    return turn if isinstance(turn, int) and turn in _TURNS else 1
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image whose header is parsed and whose pixels are not decoded yet."""
+
+    image: Image.Image
+    orientation: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height once upright, pixels."""
+        width, height = self.image.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+def _kind(data: bytes) -> str:
+    """What a file is that Pillow knows not to be an image it reads, as a reason; "" for one not known here."""
+    kind = "HEIC" if data[4:12] in _HEIC else next((kind for start, kind in _UNREAD if data.startswith(start)), None)
+    kind = "SVG" if b"<svg" in data[:HEAD] else kind
+    if kind:
+        return f"{kind} is not read here: convert to JPEG first"
+    return f"no image but {kind}" if (kind := file_kind(data[:HEAD])) else ""
+
+
+def open_image(data: bytes, formats: tuple[str, ...] = STORED) -> OpenedImage:
+    """Parse the header of an image's bytes. Raises CorruptImageError, for more than MAX_PIXELS too."""
+    if not data:
+        raise CorruptImageError("empty file")
+    kinds = ", ".join(STORED) if formats is STORED else "image"
+    with rejecting(f"not a readable {kinds} header"):
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except UnidentifiedImageError as error:
+            reason = _kind(data) or f"not a readable {kinds} header"
+            raise CorruptImageError(reason, f"starts with {data[:12]!r}") from error
+        check_pixels(*image.size)
+        if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
+            image.load()  # the block may stand behind the pixels
+        return OpenedImage(image, _orientation(image))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """16-bit grey as L or LA, 0..65535 scaled to 0..255. Raises CorruptImageError for 32-bit pixels."""
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not sixteen:
+        raise CorruptImageError(f"pixel format {image.mode}: convert to 8 bits a channel first")
+    values = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {})
+    top = 2 ** tags.get(258, (16,))[0] - 1 if image.format == "TIFF" else 65535  # BitsPerSample: 12 bits come unscaled
+    grey = Image.fromarray(((values * 255 + top // 2) // top).clip(0, 255).astype(np.uint8))
+    if tags.get(262) == 0:  # WhiteIsZero, which Pillow minds in 8 bits only
+        grey = Image.fromarray(255 - np.asarray(grey))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if profile := image.info.get("icc_profile"):
+        grey.info["icc_profile"] = profile
+    return grey
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image if it is not yet: RGB, upright, in sRGB, transparent pixels on white.
+
+    Raises CorruptImageError.
+    """
+    with rejecting("cannot be decoded"):
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and ";16" in str(getattr(image, "tile", "")):
+            image.info["transparency"] = tuple(value >> 8 for value in clear)  # as decoding cuts the pixels to 8 bits
+        image.load()
+        check_pixels(*image.size)  # some formats tell their true size only now
+        turn = _TURNS.get(_orientation(image))
+        if image.mode == "RGB" and not image.info.keys() & {"icc_profile", "transparency"}:
+            return image if turn is None else image.transpose(turn)
+        if image.mode.startswith(("I", "F")):
+            image = _grey(image)
+        rgb = to_srgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file. Raises CorruptImageError; does not wait for a pipe or a device."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptImageError("not a regular file")
+        if status.st_size > _MAX_BYTES:
+            raise CorruptImageError(f"file of more than {_MAX_BYTES // 10**6} MB", f"{status.st_size / 1e6:.0f} MB")
+        return path.read_bytes()
+    except CorruptImageError:
+        raise
+    except FileNotFoundError:
+        raise CorruptImageError("file not found") from None
+    except OSError as error:
+        raise CorruptImageError("cannot be read", error.strerror or type(error).__name__) from error
+    except Exception as error:  # names with NUL or lone surrogates; a file larger than the memory
+        raise CorruptImageError("cannot be read", _words(error)) from error
+
+
+def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tuple[bytes, int, int]:
+    """Decode an image in full and encode it again as plain RGB JPEG, its short side at most `short_side` pixels.
+
+    Returns the JPEG, its width and height. Raises CorruptImageError for whatever is wrong with this one image.
+    """
+    picture = upright_rgb(open_image(_read(path), _file_formats()).image)
+    with rejecting("cannot be encoded"):
+        if min(picture.size) < MIN_SIDE:
+            raise CorruptImageError(f"smaller than {MIN_SIDE} px", f"{picture.width} x {picture.height} px")
+        scale = short_side / min(picture.size)
+        if scale < 1:
+            size = (round(picture.width * scale), round(picture.height * scale))
+            picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        if max(picture.size) > _MAX_SIDE:
+            raise CorruptImageError(f"a side over {_MAX_SIDE} px", f"{picture.width} x {picture.height} px")
+        picture.info = {}  # a comment of the file would be copied
+        out = io.BytesIO()
+        picture.save(out, "JPEG", quality=quality)
+        return out.getvalue(), picture.width, picture.height

@@ -1,0 +1,1 @@
+"""Tables of shops: CSV and JSON lines of any dialect, their columns understood, to rows of products."""
