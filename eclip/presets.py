@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, PresetName, RunConfig
-from .model.towers import TOWER_SHAPES
 from .setting_rules import flag
+from .weights.towers import TOWER_SHAPES
 
 
 def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int) -> RunConfig:

@@ -11,25 +11,25 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from .config import RunConfig
 from .dataloading.loader import ProductLoader
 from .dataloading.schema import Batch
 from .dataloading.system.console import say
-from .ending import conclude, leave, once, say_stopped
-from .feature_cache import FeatureCache, cache_folder, single_image_note
-from .finite import NonFiniteLoss, require_finite
-from .metrics import MetricSink, Throughput, build_sinks, count_flops
 from .model.eclip import ECLIP
-from .model.pretrained import load_image_weights, load_text_weights
-from .momentum import is_locked, make_momentum, update_momentum
-from .objectives import CachedFeatures, compute_losses
-from .optim import build_optimizer, learning_rate, set_learning_rate
-from .parallel import Ranks, find_ranks, part, shard, start_ranks
-from .prepare import Prepared, prepare
+from .objectives.eclip import CachedFeatures, compute_losses
+from .parallel.ending import conclude, leave, once, say_stopped
+from .parallel.ranks import Ranks, find_ranks, part, shard, start_ranks
+from .parallel.signals import Stopped, StopSignals
+from .parallel.torchrun import has_launcher, stopped_status
 from .presets import parse
-from .signals import Stopped, StopSignals
-from .torchrun import has_launcher, stopped_status
+from .training.checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
+from .training.feature_cache.cache import FeatureCache, cache_folder, single_image_note
+from .training.finite import NonFiniteLoss, require_finite
+from .training.metrics import MetricSink, Throughput, build_sinks, count_flops
+from .training.momentum import is_locked, make_momentum, update_momentum
+from .training.optim import build_optimizer, learning_rate, set_learning_rate
+from .training.prepare import Prepared, prepare
+from .weights.pretrained import load_image_weights, load_text_weights
 
 
 class CannotStart(ValueError):

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-import eclip.prepare
 import eclip.train
-from eclip.checkpoint import load_run
-from eclip.checkpoint_files import list_checkpoints
+import eclip.training.prepare
 from eclip.config import RunConfig
 from eclip.files import CannotWrite
-from eclip.parallel import Ranks
+from eclip.parallel.ranks import Ranks
 from eclip.presets import PRESETS
 from eclip.train import CannotStart, NonFiniteLoss, main, train
+from eclip.training.checkpoint import load_run
+from eclip.training.checkpoint_files import list_checkpoints
 from tests.helpers import run_command, run_torchrun
 from tests.twelve_products import write_twelve_products
 
@@ -228,7 +228,7 @@ def test_only_a_demo_presets_own_folder_is_packed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[Path] = []
-    monkeypatch.setattr(eclip.prepare, "pack_demo", lambda folder, **settings: packed.append(folder))
+    monkeypatch.setattr(eclip.training.prepare, "pack_demo", lambda folder, **settings: packed.append(folder))
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     shutil.copytree(data_dir, "data/debug")

@@ -22,8 +22,8 @@ from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.feature_cache import FeatureCache
 from eclip.model.eclip import ECLIP
+from eclip.training.feature_cache.cache import FeatureCache
 
 TEXT_PROMPT, IMAGE_PROMPT = 0, 1
 """Modality codes of `ECLIP.instance_queries`."""

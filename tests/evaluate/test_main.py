@@ -13,7 +13,7 @@ import torch
 
 import eclip.evaluate.run as run_module
 from eclip.evaluate import __main__ as command
-from eclip.parallel import Ranks
+from eclip.parallel.ranks import Ranks
 from eclip.presets import PRESETS
 from eclip.train import train
 from tests.dataloading.fixtures import jpeg, make_split

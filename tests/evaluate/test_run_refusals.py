@@ -15,8 +15,8 @@ import eclip.evaluate.run as run_module
 from eclip.dataloading.errors import DataError
 from eclip.dataloading.pipeline import decode_square
 from eclip.evaluate.run import evaluate_run
-from eclip.feature_file import CannotStore
 from eclip.files import CannotWrite
+from eclip.training.feature_cache.file import CannotStore
 from tests.evaluate.test_run import SIZE, Catalogue, Colours, prepare
 
 

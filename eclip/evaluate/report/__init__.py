@@ -1,0 +1,1 @@
+"""What an evaluation leaves behind: tables, and a sheet of overlays."""

@@ -1,0 +1,1 @@
+"""What a model learns from: one objective a file, and what objectives share."""

@@ -1,0 +1,231 @@
+"""Where the numbers of a run go: a console line, metrics.jsonl, and TensorBoard or Weights & Biases when asked for.
+
+A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only.
+"""
+
+import importlib.util
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eclip.config import RunConfig
+from eclip.dataloading.system.console import say
+from eclip.files import append_line, replace_text, writing
+
+MetricSink = Callable[[int, Mapping[str, float]], None]
+
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("A100", 312e12), ("A800", 312e12), ("A10", 125e12), ("A30", 165e12), ("A40", 150e12), ("RTX A6000", 155e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800 PCIe", 756e12), ("H800", 989e12),
+    ("H200 NVL", 836e12), ("H200", 989e12), ("GH200", 989e12), ("H20", 148e12),
+    ("B200", 2250e12), ("GB200", 2500e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L20", 119.5e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
+)  # fmt: skip
+"""Dense bfloat16 peak, FLOP/s (NVIDIA's data sheets), of a GPU whose name has all of these words; the first counts."""
+_PART_OF_A_GPU = re.compile(r"MIG|GRID|\d+[ABCQ]")  # a slice, or a virtual GPU's profile ("A100-20C")
+
+
+def console_sink(total_steps: int) -> MetricSink:
+    """Print `step 120/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | eta 9m40s`."""
+    parts: list[tuple[str, Callable[[float], str]]] = [
+        ("loss", lambda v: f"loss {v:.3f}"),
+        ("grad_norm", lambda v: f"grad {v:.2f}"),
+        ("learning_rate", lambda v: f"lr {format_rate(v)}"),
+        ("pairs_per_second", lambda v: f"{format_count(v)} pairs/s"),
+        ("mfu", lambda v: f"mfu {v:.0%}"),
+        ("data_seconds", lambda v: f"data {v * 1e3:.0f} ms"),
+        ("memory_gib", lambda v: f"mem {v:.0f} GiB" if v >= 10 else f"mem {v:.1f} GiB"),
+        ("eta_seconds", lambda v: f"eta {format_duration(v)}"),
+    ]
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        fields = [text(values[name]) for name, text in parts if name in values]
+        say(" | ".join([f"step {step}/{total_steps}", *fields]))
+
+    return write
+
+
+def jsonl_sink(path: Path, *, start_step: int = 0) -> MetricSink:
+    """One JSON object a line, floats in full: {"step": 10, "loss": ...}.
+
+    Lines of `path` after `start_step` are dropped first: a run that died after its last checkpoint computed them, and
+    the resumed one computes them again. Writing raises CannotWrite and leaves no half line.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        found = path.read_bytes()
+        kept = b"".join(line + b"\n" for line in found.split(b"\n") if _step_of(line) <= start_step)
+        if kept != found:
+            replace_text(path, kept.decode())
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        append_line(path, json.dumps({"step": step, **values}))
+
+    return write
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half line of a killed run
+
+
+def tensorboard_sink(log_dir: Path, *, start_step: int = 0) -> MetricSink:
+    """Scalars for TensorBoard, which then hides what a dead run logged after `start_step`. Needs that package."""
+    from torch.utils.tensorboard import SummaryWriter  # loads 100 modules; few runs want it
+
+    writer = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def wandb_sink(project: str, config: RunConfig) -> MetricSink:
+    """Weights & Biases. Needs the package wandb.
+
+    The run's id stays in run_dir/wandb.json: a resumed run continues there, one that starts anew (the file is deleted
+    then) gets its own. W&B drops steps that it has already; a resumed run computes the same numbers for them.
+    """
+    import wandb
+
+    path = config.run_dir / "wandb.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        known = kept["id"] if kept["project"] == project else None
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    settings = json.loads(config.to_json())
+    try:
+        run = wandb.init(project=project, name=config.run_dir.name, config=settings, id=known, resume="allow")
+    except Exception as error:  # no account, no network: wandb's own errors have no common type over its versions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--wandb {project}: {reason}; set WANDB_MODE=offline, or drop the flag") from error
+    replace_text(path, json.dumps({"project": project, "id": run.id}) + "\n")
+    return lambda step, values: run.log(dict(values), step=step)
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise ValueError when a sink is asked for whose package is not installed."""
+    for wanted, package, flag in (
+        (config.tensorboard, "tensorboard", "--tensorboard"),
+        (config.wandb is not None, "wandb", "--wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} needs the package {package}; run `pip install {package}` or drop the flag")
+
+
+def build_sinks(config: RunConfig, *, start_step: int = 0) -> list[MetricSink]:
+    """Console and metrics.jsonl always, the others when the configuration asks for them."""
+    sinks = [console_sink(config.steps), jsonl_sink(config.run_dir / "metrics.jsonl", start_step=start_step)]
+    if config.tensorboard:
+        sinks.append(tensorboard_sink(config.run_dir / "tensorboard", start_step=start_step))
+    if config.wandb is not None:
+        sinks.append(wandb_sink(config.wandb, config))
+    return sinks
+
+
+class Throughput:
+    """Rates since the last report: image-text pairs a second, time spent waiting for data, model FLOPs utilisation."""
+
+    def __init__(self, total_steps: int, start_step: int, pairs_per_step: int, device: torch.device) -> None:
+        self.total_steps, self.pairs_per_step, self.device = total_steps, pairs_per_step, device
+        self.peak_flops = peak_flops(device)
+        self.flops_per_step: float | None = None
+        """FLOPs of one step on one rank; None leaves mfu out."""
+        self.data_seconds, self.reported_step, self.reported_at = 0.0, start_step, time.perf_counter()
+
+    @property
+    def wants_flops(self) -> bool:
+        """Whether one step is still to be counted: on a GPU with a known peak, once."""
+        return self.peak_flops is not None and self.flops_per_step is None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetch of a batch."""
+        began = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - began
+
+    def report(self, step: int) -> dict[str, float]:
+        """Numbers of the steps since the last report, `step` of them done in all."""
+        now, steps = time.perf_counter(), step - self.reported_step
+        seconds = (now - self.reported_at) / steps
+        values = {
+            "pairs_per_second": self.pairs_per_step / seconds,
+            "data_seconds": self.data_seconds / steps,
+            "memory_gib": peak_memory(self.device) / 2**30,
+            "eta_seconds": (self.total_steps - step) * seconds,
+        }
+        if self.flops_per_step is not None and self.peak_flops is not None:
+            values["mfu"] = self.flops_per_step / seconds / self.peak_flops
+        self.data_seconds, self.reported_step, self.reported_at = 0.0, step, now
+        return values
+
+
+@contextmanager
+def count_flops(throughput: Throughput) -> Iterator[None]:
+    """Around one step: its matrix products become `throughput.flops_per_step`.
+
+    Custom kernels are not seen, so mfu is a lower bound.
+    """
+    with FlopCounterMode(display=False) as counter:
+        yield
+    throughput.flops_per_step = float(counter.get_total_flops())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a known GPU, FLOP/s; None for others and for CPUs."""
+    if device.type != "cuda":
+        return None
+    return named_peak(torch.cuda.get_device_name(device))
+
+
+def named_peak(name: str) -> float | None:
+    """Peak of a GPU by the whole words of its name: an L40 is no L4. None for unknown ones and for slices of one."""
+    words = set(re.split(r"[\s_-]+", name))
+    if any(_PART_OF_A_GPU.fullmatch(word) for word in words):
+        return None
+    return next((peak for wanted, peak in PEAK_FLOPS if words.issuperset(wanted.split())), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: what PyTorch allocated on the GPU, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_count(value: float) -> str:
+    """31234 -> 31.2k, 87 -> 87, 4.25 -> 4.2."""
+    if value >= 1000:
+        return f"{value / 1000:.1f}k"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def format_rate(value: float) -> str:
+    """4.9e-04 -> 4.9e-4."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def format_duration(seconds: float) -> str:
+    """3720 -> 1h02m, 200 -> 3m20s, 45 -> 45s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

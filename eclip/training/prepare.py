@@ -1,0 +1,294 @@
+"""What happens before training: every check that can fail, the data, the tokenizer, and last the run folder.
+
+`prepare` reads and checks, and takes the run folder for itself; the trainer is built and, on --resume, the checkpoint
+loaded; only then `Prepared.commit` writes to the folder. A start that is refused anywhere leaves it as it was.
+"""
+
+import dataclasses
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eclip.config import RunConfig
+from eclip.dataloading.demo.pack import pack_demo
+from eclip.dataloading.shards import ShardIndex
+from eclip.dataloading.text import WordPiece
+from eclip.files import writing
+from eclip.parallel.ranks import Ranks
+from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
+from eclip.presets import DISPOSABLE_RUNS, PRESETS
+from eclip.training.checkpoint_files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
+from eclip.training.metrics import check_packages
+from eclip.training.resume_rules import describe_changes, require_same_run
+from eclip.training.run_folder import (
+    check_usable,
+    install,
+    own,
+    read_config,
+    read_data_record,
+    read_tokenizer,
+    refuse_busy,
+)
+
+PACKED_PRESETS = ("demo", "demo_towers", "debug")
+"""Presets whose own data folder is filled from the embedded catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` checked and built."""
+
+    config: RunConfig
+    """With model.vocab_size set from the tokenizer and data.data_dir absolute."""
+    index: ShardIndex
+    tokenizer: WordPiece
+    checkpoint: Found | None = None
+    """Where --resume continues."""
+    notes: tuple[str, ...] = ()
+    """Lines to print."""
+    data_record: dict[str, Any] = field(default_factory=dict)
+    """data.json: the folder, and the fingerprint of each split that is there."""
+
+    def commit(self, ranks: Ranks) -> None:
+        """Write config.json, data.json and the tokenizer; a new run replaces an earlier one's files. All ranks call it.
+
+        Raises CannotWrite.
+        """
+        ranks.from_main(self._write)
+
+    def _write(self) -> None:
+        run_dir, resumed = self.config.run_dir, self.checkpoint is not None
+        tokenizer = None if resumed else self.tokenizer
+        install(run_dir, self.config, self.data_record, tokenizer, replace=not resumed)
+        if self.checkpoint is not None:
+            with writing(run_dir):
+                set_aside(self.checkpoint.damaged)
+        mark_begun(run_dir)
+
+
+def prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
+    """Find what is missing or contradictory, pack the embedded catalogue, get the tokenizer, own the run folder.
+
+    hold: its exit lets another run have the folder, in which nothing but the lock is written here. Raises ValueError
+    for missing files or packages, data that cannot be read, a batch that does not divide, a run folder in use or of
+    another program, a resume under other settings, of a damaged run or with nothing left to do.
+    """
+    check_packages(config)
+    _check_batch(config, ranks)
+    # A restart by torchrun has the flags of the first start, which may have been a new run.
+    resume = ranks.from_main(lambda: config.resume or begun_by_this_launch(config.run_dir))
+    return _prepare(dataclasses.replace(config, resume=resume), ranks, hold)
+
+
+def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
+    saved = ranks.from_main(lambda: _check_run_dir(config))
+    resumed = saved is not None
+    config.check_files(resumed=resumed)
+    ranks.from_main(lambda: _pack_embedded_catalogue(config))
+    config = _absolute(config)
+    index = ShardIndex.open(config.data.data_dir, "train")
+    record, notes = ranks.from_main(lambda: _data_record(config, index))
+    if config.global_batch_size > index.num_products:
+        notes += (_repeated_products(config, index),)
+    checkpoint = None
+    if saved is not None:
+        record, changed = ranks.from_main(lambda: _check_same_data(config.run_dir, record))
+        notes += changed
+        checkpoint = find_checkpoint(config.run_dir, ranks)
+        assert checkpoint is not None
+        if "loader" not in checkpoint.state:  # an older version's, cut down by hand: this one's has a digest
+            raise ValueError(
+                f"{checkpoint.path / STATE}: does not say where the data stood; restore it from a copy, or remove the "
+                f"folder to take the checkpoint before"
+            )
+        saved = _absolute(saved)
+        _require_steps(config, checkpoint)
+        if checkpoint.state["step"] == config.steps:
+            notes += (f"all {config.steps} steps are done",)
+            config = _as_trained(saved, config)
+        changes = describe_changes(saved, config)
+        notes += () if changes is None else (changes,)
+    tokenizer = ranks.from_main(lambda: _tokenizer(config, index, checkpoint))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    ranks.from_main(lambda: _take_folder(config, checkpoint, hold))
+    return Prepared(
+        config=config, index=index, tokenizer=tokenizer, checkpoint=checkpoint, notes=notes, data_record=record
+    )
+
+
+def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
+    """The given BERT vocabulary, or one of at most model.vocab_size pieces learnt from the catalogue's text."""
+    if config.vocab_file is not None:
+        return WordPiece.from_vocab_file(config.vocab_file, cased=config.cased)
+    return WordPiece.train(index.texts(), config.model.vocab_size)
+
+
+def _check_batch(config: RunConfig, ranks: Ranks) -> None:
+    size, queries = config.global_batch_size, config.model.num_queries
+    if size % ranks.world_size:
+        raise ValueError(
+            f"global_batch_size={size} does not divide over {ranks.world_size} ranks; "
+            f"set --global-batch-size to a multiple of {ranks.world_size}"
+        )
+    if config.model.kernels == "reference" and ranks.world_size > 1:
+        raise ValueError(
+            f"--kernels reference compares on one rank, these are {ranks.world_size}; start without torchrun, or use "
+            f"--kernels auto"
+        )
+    if config.objective.objective == "eclip" and size < queries:
+        raise ValueError(
+            f"global_batch_size={size} cannot prompt {queries} queries with distinct products; "
+            f"set --global-batch-size to at least {queries} or lower --num-queries"
+        )
+
+
+def _check_run_dir(config: RunConfig) -> RunConfig | None:
+    """Refuse to mix two runs in one folder; the settings of the run that --resume continues. Changes nothing."""
+    run_dir = config.run_dir
+    check_usable(run_dir)
+    refuse_busy(run_dir)
+    if config.resume:
+        if not list_checkpoints(run_dir):
+            return None
+        saved = read_config(run_dir)
+        require_same_run(saved, config)
+        return saved
+    if list_checkpoints(run_dir) and not _replaces(config):
+        raise ValueError(
+            f"{run_dir} holds the checkpoints of an earlier run; continue it with --resume, replace it with "
+            f"--overwrite, or choose another --run-dir"
+        )
+    return None
+
+
+def _repeated_products(config: RunConfig, index: ShardIndex) -> str:
+    return (
+        f"global_batch_size={config.global_batch_size} of {index.num_products} products: a product meets itself in "
+        f"every step, as if it were another one; --global-batch-size {index.num_products} or less avoids that"
+    )
+
+
+def _take_folder(config: RunConfig, checkpoint: Found | None, hold: ExitStack) -> None:
+    """Own the run folder, and find in it what was checked: another run may have had it since."""
+    hold.enter_context(own(config.run_dir))
+    found = list_checkpoints(config.run_dir)
+    checked = [] if checkpoint is None else [checkpoint.path, *reversed(checkpoint.damaged)]
+    newest = found[-len(checked) :] if checked else found
+    if newest != checked and not _replaces(config):
+        raise ValueError(f"{config.run_dir}: another run wrote checkpoints there meanwhile; start again")
+
+
+def _replaces(config: RunConfig) -> bool:
+    """Whether a start may delete an earlier run."""
+    disposable = config.run_dir.resolve() in [folder.resolve() for folder in DISPOSABLE_RUNS]
+    return not config.resume and (config.overwrite or disposable)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """config.json is read from other folders than the one that training was started in."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=config.data.data_dir.resolve()))
+
+
+def _data_record(config: RunConfig, index: ShardIndex) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """data.json, and notes on splits that are there and cannot be read.
+
+    --evaluate needs the test split, and val, from which it takes its thresholds, whole or not at all.
+    """
+    fingerprints, notes = {"train": index.fingerprint}, []
+    for split in ("val", "test"):
+        try:
+            fingerprints[split] = ShardIndex.open(config.data.data_dir, split).fingerprint
+        except ValueError as error:
+            there = any(config.data.data_dir.glob(f"{split}-*.tar"))
+            if config.evaluate and (split == "test" or there):
+                raise ValueError(f"{error}; or train with --no-evaluate") from error
+            if there:
+                notes.append(f"the {split} split is not recorded: {error}")
+    return {"data_dir": str(config.data.data_dir), "fingerprints": fingerprints}, tuple(notes)
+
+
+def _check_same_data(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The run's data.json, completed by `record`, and notes on other splits that changed since it began.
+
+    Raises ValueError for another catalogue.
+    """
+    begun = read_data_record(run_dir)
+    if begun is None:  # the loader's state in the checkpoint knows the train split too
+        return record, ()
+    old, new = begun["fingerprints"], record["fingerprints"]
+    if old.get("train") != new["train"]:
+        raise ValueError(
+            f"{record['data_dir']}: its train split is not the one that {run_dir} began with (fingerprint "
+            f"{new['train']}, the run's is {old.get('train')}, of {begun.get('data_dir')}); give its --data-dir, or "
+            f"another --run-dir"
+        )
+    notes = tuple(
+        f"the {split} split is not the one that the run began with (fingerprint {old[split]} -> {new[split]})"
+        for split in ("val", "test")
+        if split in old and split in new and old[split] != new[split]
+    )
+    return {"data_dir": record["data_dir"], "fingerprints": {**new, **old}}, notes
+
+
+def _require_steps(config: RunConfig, checkpoint: Found) -> None:
+    done, steps = checkpoint.state["step"], config.steps
+    if done > steps:
+        raise ValueError(
+            f"{config.run_dir}: {done} steps are done, --steps {steps} asks for fewer: nothing is left to train; give "
+            f"--steps above {done}, or evaluate it (python -m eclip.evaluate --checkpoint {config.run_dir})"
+        )
+
+
+def _as_trained(saved: RunConfig, config: RunConfig) -> RunConfig:
+    """The settings of a run that is complete: flags that no step was taken with are none of its own."""
+    data = dataclasses.replace(saved.data, data_dir=config.data.data_dir)
+    return dataclasses.replace(saved, run_dir=config.run_dir, resume=True, steps=config.steps, data=data)
+
+
+def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -> WordPiece:
+    """A new run's tokenizer, or the resumed run's own."""
+    if checkpoint is None:
+        tokenizer = make_tokenizer(config, index)
+        _require_known_titles(tokenizer, config, index)
+        return tokenizer
+    kept = read_tokenizer(config.run_dir, checkpoint.state.get("tokenizer"))
+    given = config.vocab_file is not None and config.vocab_file.is_file()
+    if given and _vocabulary(make_tokenizer(config, index)) != _vocabulary(kept):
+        raise ValueError(
+            f"--vocab-file {config.vocab_file}: not the vocabulary that {config.run_dir} was trained with; give the "
+            f"same one or none"
+        )
+    return kept
+
+
+def _require_known_titles(tokenizer: WordPiece, config: RunConfig, index: ShardIndex) -> None:
+    """Raise ValueError when the vocabulary is not that of the catalogue's language or case."""
+    if config.vocab_file is None:
+        tokenizer.require_known(index.texts(), f"the vocabulary of {tokenizer.vocab_size} pieces", "raise --vocab-size")
+    else:
+        case = "leave out --cased if its pieces are" if config.cased else "say --cased if its pieces are not"
+        advice = f"give one of the catalogue's language, or {case} lower-case"
+        tokenizer.require_known(index.texts(), f"--vocab-file {config.vocab_file}", advice)
+
+
+def _vocabulary(tokenizer: WordPiece) -> tuple[Any, Any]:
+    """Pieces and their ids, and how text is normalised."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        record = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    return record["model"]["vocab"], record["normalizer"]
+
+
+def _pack_embedded_catalogue(config: RunConfig) -> None:
+    """Fill a demo preset's own data folder; `pack_demo` returns at once when it is up to date."""
+    data = config.data
+    if config.preset in PACKED_PRESETS and data.data_dir == PRESETS[config.preset].data.data_dir:
+        pack_demo(
+            data.data_dir,
+            image_size=data.demo_image_size,
+            images_per_product=data.demo_images_per_product,
+            limit=data.demo_products,
+        )

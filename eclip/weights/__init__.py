@@ -1,0 +1,1 @@
+"""Weights from elsewhere: safetensors of other programs into our towers."""
