@@ -1,7 +1,7 @@
 """The `bench` fixture: time one call the same way everywhere and say what share of the hardware it uses.
 
     import pytest
-    from benchmarks.baselines import PROVIDERS, provide
+    from benchmarks.harness.baselines import PROVIDERS, provide
     from eclip.kernels.slot_attention import slot_attention, slot_attention_reference
 
     @pytest.mark.parametrize("provider", PROVIDERS)                       # "eager", "compile", "ours"
@@ -48,7 +48,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.activations import kept_for_backward
+from benchmarks.harness.activations import kept_for_backward
 
 ON_GPU = torch.cuda.is_available()
 CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"

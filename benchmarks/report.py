@@ -17,7 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contrastive_goals, contrastive_plot, goals, slot_attention_goals
+from benchmarks.contrastive import goals as contrastive_goals
+from benchmarks.contrastive import plot as contrastive_plot
+from benchmarks.harness import goals
+from benchmarks.slot_attention import goals as slot_attention_goals
 
 Row = dict[str, Any]
 MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")

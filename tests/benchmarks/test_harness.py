@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import conftest as harness
-from benchmarks import shard
-from benchmarks.activations import kept_for_backward
 from benchmarks.conftest import Bench, rounds_for
+from benchmarks.harness import shard
+from benchmarks.harness.activations import kept_for_backward
 
 ROOT = Path(__file__).resolve().parents[2]
 

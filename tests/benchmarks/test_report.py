@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import goals, report
-from benchmarks import slot_attention_goals as slots
-from benchmarks.bench_slot_attention import PAPER_DIM, PAPER_QUERIES, PAPER_TOKENS, SHAPES
+from benchmarks import report
+from benchmarks.harness import goals
+from benchmarks.slot_attention import goals as slots
+from benchmarks.slot_attention.bench_slot_attention import PAPER_DIM, PAPER_QUERIES, PAPER_TOKENS, SHAPES
 
 SMALL = slots.label(1, 196, 20, 768, 1)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.activations import kept_for_backward
-from benchmarks.bench_slot_attention import six_blocks
-from benchmarks.slot_attention_baselines import eager_decoder
+from benchmarks.harness.activations import kept_for_backward
+from benchmarks.slot_attention.baselines import eager_decoder
+from benchmarks.slot_attention.bench_slot_attention import six_blocks
 from eclip.config import ModelConfig
 from eclip.model.instance_decoder import InstanceDecoder
 

@@ -1,6 +1,6 @@
 """A pytest plugin that runs one part of a session's tests, so that several processes share the compiling of kernels.
 
-    python -m pytest -p benchmarks.shard --shard 2/6 -m gpu tests        # every sixth test, starting with the second
+    python -m pytest -p benchmarks.harness.shard --shard 2/6 -m gpu tests    # every sixth test, beginning at the second
 
 Most of such a session is Triton and torch.compile at work on one core each; pytest-xdist does the same where it is
 installed. --memory-share 0.2 keeps the process to a fifth of the GPU's memory: beyond that it gets an out-of-memory

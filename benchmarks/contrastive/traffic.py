@@ -1,6 +1,6 @@
 """Count the bytes that two ranks exchange in forward and backward of the contrastive loss: ours and open_clip's.
 
-    python -m benchmarks.contrastive_traffic [--json FILE] [--batch 256] [--dim 512]
+    python -m benchmarks.contrastive.traffic [--json FILE] [--batch 256] [--dim 512]
 
 Starts two processes on the CPU, over gloo. Counted is every collective of torch.distributed, by the bytes that a rank
 sends (and receives as many) in a ring, the least that a bandwidth-optimal algorithm needs; n bytes are one rank's
@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.contrastive_baselines import open_clip_losses
-from benchmarks.contrastive_goals import TRAFFIC, label
+from benchmarks.contrastive.baselines import open_clip_losses
+from benchmarks.contrastive.goals import TRAFFIC, label
 from eclip.kernels.contrastive import contrastive_loss
 
 WORLD = 2

@@ -5,7 +5,7 @@ Names of ops and shapes are those of bench_slot_attention.py, which takes them f
 
 from collections.abc import Iterable, Iterator
 
-from benchmarks.goals import Goal, Row, goal
+from benchmarks.harness.goals import Goal, Row, goal
 
 Key = tuple[str, str, str]
 BLOCK = "slot_attention"

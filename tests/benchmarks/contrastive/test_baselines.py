@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench_contrastive_loss as bench_file
-from benchmarks import contrastive_blocks
-from benchmarks.bench_contrastive_loss import Case
-from benchmarks.contrastive_baselines import PROVIDERS, eager_fixed_keys, eager_soft
-from benchmarks.contrastive_exact import exact_loss
-from benchmarks.contrastive_goals import BOTH, FORWARD, HUGE, LARGE, SHAPE, SHARP, label
+from benchmarks.contrastive import bench_contrastive_loss as bench_file
+from benchmarks.contrastive import blocks as contrastive_blocks
+from benchmarks.contrastive.baselines import PROVIDERS, eager_fixed_keys, eager_soft
+from benchmarks.contrastive.bench_contrastive_loss import Case
+from benchmarks.contrastive.exact import exact_loss
+from benchmarks.contrastive.goals import BOTH, FORWARD, HUGE, LARGE, SHAPE, SHARP, label
 from eclip.kernels.contrastive import contrastive_loss_reference
 
 B, D = 24, 16
@@ -126,7 +126,7 @@ def test_adapters_compute_the_two_sided_loss(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
 @pytest.mark.parametrize("sides", ["both", "rows"])
 def test_exact_loss_is_the_reference_in_float64(positives: Any, sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.contrastive_exact.BLOCK", 7 * B)
+    monkeypatch.setattr("benchmarks.contrastive.exact.BLOCK", 7 * B)
     image, text, scale = problem(100.0)
     ids = None if positives == "diagonal" else IDS
     sample = torch.tensor([0, 5, 23])

@@ -25,9 +25,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import compiled
 from benchmarks.conftest import ON_GPU, Bench
-from benchmarks.slot_attention_baselines import (
+from benchmarks.harness.baselines import compiled
+from benchmarks.slot_attention.baselines import (
     eager,
     eager_core,
     eager_decoder,
@@ -36,7 +36,7 @@ from benchmarks.slot_attention_baselines import (
     entropy,
     kv_fused,
 )
-from benchmarks.slot_attention_goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
+from benchmarks.slot_attention.goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
 from eclip.config import ModelConfig
 from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
 from eclip.kernels.slot_attention.ops import core

@@ -7,7 +7,7 @@ Ratios, shares and bytes are judged on any GPU; milliseconds are goals of an H20
 import math
 from collections.abc import Iterable, Iterator
 
-from benchmarks.goals import Goal, Row, goal
+from benchmarks.harness.goals import Goal, Row, goal
 
 FORWARD = "contrastive_loss forward"
 BOTH = "contrastive_loss forward+backward"

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import contrastive_goals as goals
-from benchmarks import contrastive_plot
-from benchmarks.contrastive_goals import BOTH, HUGE, LARGE, SHAPE, SHARP
-from benchmarks.contrastive_traffic import Traffic
+from benchmarks.contrastive import goals
+from benchmarks.contrastive import plot as contrastive_plot
+from benchmarks.contrastive.goals import BOTH, HUGE, LARGE, SHAPE, SHARP
+from benchmarks.contrastive.traffic import Traffic
 from tests.helpers import run_command
 
 
@@ -108,7 +108,7 @@ def test_no_row_no_plot(tmp_path: Path) -> None:
 
 
 def test_every_provider_has_a_style() -> None:
-    from benchmarks.contrastive_baselines import PROVIDERS
+    from benchmarks.contrastive.baselines import PROVIDERS
 
     assert contrastive_plot.STYLES.keys() == PROVIDERS.keys()
     assert len(set(contrastive_plot.STYLES.values())) == len(PROVIDERS)
@@ -151,7 +151,7 @@ def test_bytes_are_those_of_a_ring() -> None:
 def test_two_ranks_send_half_of_what_open_clip_sends(tmp_path: Path) -> None:
     """Half in the features' dtype, and a few numbers a pair."""
     file = tmp_path / "traffic.json"
-    command = [sys.executable, "-m", "benchmarks.contrastive_traffic", "--json", str(file), "--batch", "64"]
+    command = [sys.executable, "-m", "benchmarks.contrastive.traffic", "--json", str(file), "--batch", "64"]
     assert "bytes that a rank sends" in run_command(command)
     rows = [benchmark["extra_info"] for benchmark in json.loads(file.read_text())["benchmarks"]]
     sent = {(row["provider"], row["dtype"]): row["sent_bytes"] for row in rows}

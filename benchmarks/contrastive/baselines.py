@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines import compiled
-from benchmarks.contrastive_blocks import blocks
+from benchmarks.contrastive.blocks import blocks
+from benchmarks.harness.baselines import compiled
 from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]

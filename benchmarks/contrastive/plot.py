@@ -1,6 +1,6 @@
 """Plot time and peak memory of the contrastive loss against the batch, one line a provider, both axes logarithmic.
 
-    python -m benchmarks.contrastive_plot benchmarks/results/X.json --out X.png
+    python -m benchmarks.contrastive.plot benchmarks/results/X.json --out X.png
 
 Reads what benchmarks.report wrote, which also calls this. From a CPU, whose shapes are small, the plot shows that it
 can be made, and its title says so; memory is measured on GPUs alone.
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contrastive_goals import BOTH
+from benchmarks.contrastive.goals import BOTH
 
 Row = dict[str, Any]
 STYLES = {
