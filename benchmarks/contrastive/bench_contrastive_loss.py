@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.conftest import ON_GPU, Bench
-from benchmarks.contrastive.baselines import PROVIDERS, Loss, Provider, eager_fixed_keys, eager_soft
 from benchmarks.contrastive.exact import Exact, exact_loss
 from benchmarks.contrastive.goals import BOTH, FIXED_KEYS, FORWARD, SOFT, label
+from benchmarks.contrastive.providers import PROVIDERS, Loss, Provider, eager_fixed_keys, eager_soft
+from benchmarks.harness.bench import ON_GPU, Bench
 from eclip.kernels.contrastive import contrastive_loss
 
 SIZES = {"4k": 2**12, "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "1M": 2**20}

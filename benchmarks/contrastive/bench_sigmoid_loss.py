@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.conftest import Bench
 from benchmarks.contrastive.bench_contrastive_loss import features, sampled_rows
 from benchmarks.contrastive.goals import label
-from benchmarks.harness.baselines import PROVIDERS, provide
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.providers import PROVIDERS, provide
 from eclip.kernels.contrastive import sigmoid_loss
 
 SCALE, BIAS = 10.0, -10.0

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.contrastive.baselines import open_clip_losses
 from benchmarks.contrastive.goals import TRAFFIC, label
+from benchmarks.contrastive.providers import open_clip_losses
 from eclip.kernels.contrastive import contrastive_loss
 
 WORLD = 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.conftest import ON_GPU, Bench
+from benchmarks.harness.bench import ON_GPU, Bench
 from eclip.dataloading.demo.pack import pack_demo
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex

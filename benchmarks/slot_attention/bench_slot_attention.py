@@ -25,8 +25,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import ON_GPU, Bench
-from benchmarks.harness.baselines import compiled
+from benchmarks.harness.bench import ON_GPU, Bench
+from benchmarks.harness.providers import compiled
 from benchmarks.slot_attention.baselines import (
     eager,
     eager_core,

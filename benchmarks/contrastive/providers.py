@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contrastive.blocks import blocks
-from benchmarks.harness.baselines import compiled
+from benchmarks.harness.providers import compiled
 from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchmarks.contrastive import bench_contrastive_loss as bench_file
 from benchmarks.contrastive import blocks as contrastive_blocks
-from benchmarks.contrastive.baselines import PROVIDERS, eager_fixed_keys, eager_soft
 from benchmarks.contrastive.bench_contrastive_loss import Case
 from benchmarks.contrastive.exact import exact_loss
 from benchmarks.contrastive.goals import BOTH, FORWARD, HUGE, LARGE, SHAPE, SHARP, label
+from benchmarks.contrastive.providers import PROVIDERS, eager_fixed_keys, eager_soft
 from eclip.kernels.contrastive import contrastive_loss_reference
 
 B, D = 24, 16

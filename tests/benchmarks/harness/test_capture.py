@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import conftest as harness
-from benchmarks.conftest import Bench, rounds_for
+from benchmarks.harness import bench as harness
 from benchmarks.harness import shard
 from benchmarks.harness.activations import kept_for_backward
+from benchmarks.harness.bench import Bench, rounds_for
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_each_storage_that_the_graph_holds_counts_once() -> None:

@@ -108,7 +108,7 @@ def test_no_row_no_plot(tmp_path: Path) -> None:
 
 
 def test_every_provider_has_a_style() -> None:
-    from benchmarks.contrastive.baselines import PROVIDERS
+    from benchmarks.contrastive.providers import PROVIDERS
 
     assert contrastive_plot.STYLES.keys() == PROVIDERS.keys()
     assert len(set(contrastive_plot.STYLES.values())) == len(PROVIDERS)
