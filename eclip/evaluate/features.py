@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eclip.config import RunConfig
-from eclip.dataloading.images.opening import CorruptImageError
+from eclip.dataloading.images.decode import CorruptImageError
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES
 from eclip.dataloading.shards import ShardIndex

@@ -16,12 +16,12 @@ from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import ImageRecord, Product
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
+from eclip.evaluate.boxes import pixel_map, region_box
 from eclip.evaluate.features import Features, decoder_is_trained, extract_features
 from eclip.evaluate.inputs import Catalogue, NoSplit, check_numbers, choose_device
 from eclip.evaluate.report.lettering import WAY_OUT
 from eclip.evaluate.report.sheet import Overlay, draw_sheet
 from eclip.evaluate.report.tables import Table, format_table
-from eclip.evaluate.tasks.boxes import pixel_map, region_box
 from eclip.evaluate.tasks.classification import class_features, classify
 from eclip.evaluate.tasks.grounding import (
     DEFAULT_THRESHOLD,
@@ -33,8 +33,8 @@ from eclip.evaluate.tasks.grounding import (
     score_scenes,
 )
 from eclip.evaluate.tasks.image_text_loss import image_text_loss
+from eclip.evaluate.tasks.image_text_retrieval import image_text_retrieval
 from eclip.evaluate.tasks.product_retrieval import product_retrieval
-from eclip.evaluate.tasks.retrieval import image_text_retrieval
 from eclip.files import replace_text, writing
 from eclip.model.eclip import ECLIP
 from eclip.training.checkpoint import load_run

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eclip.dataloading.schema import ImageRecord, Instance
+from eclip.evaluate.boxes import Array, contains, peak, pixel_map, random_boxes, region_box, score_boxes
 from eclip.evaluate.features import Features
 from eclip.evaluate.metrics import box_iou
 from eclip.evaluate.report.tables import Table
-from eclip.evaluate.tasks.boxes import Array, contains, peak, pixel_map, random_boxes, region_box, score_boxes
 
 SOURCES = ("customer", "ad")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from eclip.evaluate.boxes import contains, peak, pixel_map, random_boxes, region_box, score_boxes
 from eclip.evaluate.metrics import box_iou
-from eclip.evaluate.tasks.boxes import contains, peak, pixel_map, random_boxes, region_box, score_boxes
 
 
 def painted(*boxes: tuple[int, int, int, int, float]) -> np.ndarray:
