@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import eclip.train
+import eclip.training.build
 import eclip.training.prepare
+import eclip.training.step
 from eclip.config import RunConfig
 from eclip.files import CannotWrite
 from eclip.parallel.ranks import Ranks
@@ -133,7 +135,7 @@ def test_locked_towers_stay_and_clip_leaves_the_decoder(data_dir: Path, tmp_path
     assert train(config, ALONE)
     trained, saved, tokenizer = load_run(tmp_path)
     assert saved.model.vocab_size == tokenizer.vocab_size
-    start = eclip.train.build_model(saved)
+    start = eclip.training.build.build_model(saved)
     changed = {n.split(".")[0] for n, p in trained.named_parameters() if not torch.equal(p, start.get_parameter(n))}
     assert changed == {"text_encoder", "image_projection", "text_projection", "logit_scale"}
 
@@ -149,7 +151,7 @@ def test_cached_features(data_dir: Path, tmp_path: Path) -> None:
 def test_non_finite_loss_stops_with_step_losses_and_keys(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = eclip.train.compute_losses
+    compute = eclip.training.step.compute_losses
 
     def poisoned(*args: Any, step: int, **kwargs: Any) -> dict[str, torch.Tensor]:
         losses = compute(*args, step=step, **kwargs)
@@ -157,7 +159,7 @@ def test_non_finite_loss_stops_with_step_losses_and_keys(
             losses["loss"] = losses["loss"] * float("nan")
         return losses
 
-    monkeypatch.setattr(eclip.train, "compute_losses", poisoned)
+    monkeypatch.setattr(eclip.training.step, "compute_losses", poisoned)
     with pytest.raises(NonFiniteLoss, match=r"step 2: itc [\d.]+.*loss nan.*p\d+/00\d.jpg") as error:
         train(_config(data_dir, tmp_path), ALONE)
     assert "16 in" in str(error.value)
@@ -254,10 +256,10 @@ def test_main_evaluates_at_the_end(data_dir: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_loader_stalls_before_the_other_ranks_give_up(data_dir: Path, tmp_path: Path) -> None:
     config = _config(data_dir, tmp_path, rank_timeout_seconds=20)
-    assert eclip.train.stall_limit(config, world_size=1) == config.data.stall_seconds
-    assert eclip.train.stall_limit(config, world_size=2) == 10
+    assert eclip.training.build.stall_limit(config, world_size=1) == config.data.stall_seconds
+    assert eclip.training.build.stall_limit(config, world_size=2) == 10
     patient = dataclasses.replace(config, data=dataclasses.replace(config.data, stall_seconds=0))
-    assert eclip.train.stall_limit(patient, world_size=2) == 0
+    assert eclip.training.build.stall_limit(patient, world_size=2) == 0
 
 
 def test_a_signal_during_evaluation_says_what_is_done(

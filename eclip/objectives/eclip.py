@@ -28,7 +28,7 @@ from eclip.config import ObjectiveConfig
 from eclip.dataloading.schema import Batch
 from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
 from eclip.model.eclip import ECLIP, ImageFeatures
-from eclip.parallel.ranks import gather_rows
+from eclip.parallel.gather import gather_rows
 
 _PROMPTS, _GAUSSIAN, _MATCHING, _TOKENS = range(4)
 

@@ -1,4 +1,4 @@
-"""Ranks: process groups, threads, devices, and sharding with FSDP2 from outside the model.
+"""Ranks: process groups, threads, devices, and what a rank asks of the others on the host.
 
 A run is started by `torchrun` (one process per device) or by plain `python` (one process, no group). On CPU the ranks
 talk through gloo, on GPU through NCCL. NCCL's collectives are only enqueued by the host, which goes on at once: so host
@@ -7,7 +7,6 @@ work (files, checkpoints, the feature cache) is ordered by a gloo group beside i
 
 import gc
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +14,8 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from eclip.parallel.rendezvous import meet
 from eclip.parallel.signals import StopSignals
@@ -28,14 +26,6 @@ T = TypeVar("T")
 
 # Host work of one rank may take hours; Watch, not a timeout, notices that a rank is gone.
 _HOST_TIMEOUT = timedelta(days=1)
-
-# torch 2.13 renamed it; the new name is not in 2.11, which is supported too.
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
-# A block that returns a view is fine as long as nobody changes it in place, and nobody does.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-
-# torch 2.13 renamed it and warns at every call of the old name; 2.11 has only that.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,28 +178,3 @@ def part(ranks: Ranks) -> None:
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def shard(root: nn.Module, mesh: DeviceMesh, *, block_dtype: torch.dtype | None = None) -> None:
-    """Shard every transformer block, then the root with what is left, over `mesh` with FSDP2; in place.
-
-    Blocks are the members of every ModuleList named `blocks`. They gather their parameters in `block_dtype` (None: as
-    stored) and reduce gradients in float32, averaged over ranks. All of the step must happen inside root's forward.
-    """
-    # Inputs are not cast: autocast does that where it helps, and the residual stream stays in float32.
-    policy = MixedPrecisionPolicy(param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for name, module in list(root.named_modules()):
-        if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
-            for block in module:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
-
-
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(B, ...) of every rank, in rank order: (G, ...). Carries no gradient."""
-    rows = rows.detach().contiguous()
-    if group is None or dist.get_world_size(group) == 1:
-        return rows
-    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    _all_gather(gathered, rows, group=group)
-    return gathered

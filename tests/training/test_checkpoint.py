@@ -190,7 +190,8 @@ from eclip.config import OptimConfig
 from eclip.files import CannotWrite
 from eclip.model.eclip import ECLIP
 from eclip.training.optim import build_optimizer
-from eclip.parallel.ranks import find_ranks, part, shard, start_ranks
+from eclip.parallel.ranks import find_ranks, part, start_ranks
+from eclip.parallel.sharding import shard
 from eclip.presets import PRESETS
 
 run_dir = Path(sys.argv[1])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import eclip.train
 import eclip.training.prepare
 import eclip.training.run_folder
 from eclip.dataloading.packing.shard_swap import replace_shards
@@ -74,7 +73,7 @@ def test_a_model_that_cannot_be_built_loses_nothing(
     def build(*args: Any, **options: Any) -> ECLIP:
         raise ValueError("the weights file is another kind of tower")
 
-    monkeypatch.setattr("eclip.train.build_model", build)
+    monkeypatch.setattr("eclip.training.trainer.build_model", build)
     before = contents(run_dir)
     with pytest.raises(CannotStart, match="another kind of tower"):
         train(make_config(data_dir, run_dir, overwrite=True), ALONE)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import eclip.train
+import eclip.training.build
 import eclip.training.prepare
 import eclip.training.run_folder
 from eclip.presets import PRESETS
@@ -200,7 +200,7 @@ def test_locked_towers_come_from_the_checkpoint(
         for parameter in encoder.parameters():
             torch.nn.init.constant_(parameter, 0.01)
 
-    monkeypatch.setattr(eclip.train, "load_image_weights", load)
+    monkeypatch.setattr(eclip.training.build, "load_image_weights", load)
     shards, tower = tmp_path / "shards", tmp_path / "tower.safetensors"
     shutil.copytree(data_dir, shards)
     tower.write_bytes(b"")

@@ -53,8 +53,9 @@ def test_torchrun_survives_a_killed_rank_and_stops_when_one_is_told_to(tmp_path:
 STUCK = """
 import itertools, sys, threading
 import eclip.train
+import eclip.training.trainer
 
-make = eclip.train.make_loader
+make = eclip.training.trainer.make_loader
 
 class Stuck:
     def __init__(self, loader):
@@ -65,7 +66,9 @@ class Stuck:
         print("no data any more", flush=True)
         threading.Event().wait()
 
-eclip.train.make_loader = lambda prepared, ranks: (Stuck if ranks.rank == 1 else lambda x: x)(make(prepared, ranks))
+eclip.training.trainer.make_loader = lambda prepared, ranks: (Stuck if ranks.rank == 1 else lambda x: x)(
+    make(prepared, ranks)
+)
 eclip.train.leave(eclip.train.main(sys.argv[1:]))
 """
 
