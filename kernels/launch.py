@@ -1,11 +1,13 @@
 """What every kernel file needs before a launch: path choice, dtype rules, argument checks. No kernel lives here."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -43,6 +45,17 @@ def gpu_generation(x: Tensor) -> int:
 def multiprocessors(x: Tensor) -> int:
     """Of the device of `x`; 1 in the interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may use on the device of `x`; an H100's in the interpreter."""
+    return _shared_memory(x.device.index) if x.is_cuda else 232448
+
+
+@functools.cache
+def _shared_memory(device_index: int) -> int:
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
+    return limit
 
 
 def readable(x: Tensor) -> Tensor:

@@ -4,15 +4,14 @@
 tokens' gradient; `triton_token_gradients` (slot_attention_token_gradient.py) multiplies the factors out.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..compile_check import Case, pointer_to
-from ..launch import gpu_generation, on_device_of, readable
+from .. import launch
+from ..launch import on_device_of, readable
 from .backward_scores import slot_attention_bwd_kernel
 from .backward_tokens import ENOUGH_PROGRAMS, triton_token_gradients
 from .cpu import padded_queries
@@ -49,7 +48,7 @@ def triton_backward(
         norm=norm_eps is not None,
         extras=normalize == "mean" or any(x is not None for x in (bias, grad_mass, grad_entropy)),
         grad_map=grad_map is not None,
-        generation=gpu_generation(q),
+        generation=launch.gpu_generation(q),
     )
     blocks = triton.cdiv(num_tokens, options["BLOCK_N"])
     # Several blocks of tokens: the program of an image goes through them, if that makes programs enough for the GPU.
@@ -173,89 +172,3 @@ def _launch_options(
     if block_t == 16 and generation == 8 and dtype != torch.float32:
         options["maxnreg"] = 255  # else ptxas aims at 128 registers, and spills to get there
     return options
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: what the decoder uses, and corners of the allowed shapes."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for generation in (8, 9, 10):
-        for dtype, num_queries, num_tokens, dim, separate, norm, level in (
-            (bf16, 20, 196, 768, False, False, 0),
-            (bf16, 20, 196, 768, False, False, 1),
-            (bf16, 20, 196, 768, False, False, 2),
-            (bf16, 20, 196, 768, False, True, 2),
-            (bf16, 20, 196, 768, False, True, 3),
-            (bf16, 20, 576, 768, False, False, 0),
-            (bf16, 20, 576, 768, False, True, 2),
-            (bf16, 8, 144, 384, False, False, 1),
-            (bf16, 20, 196, 64, True, False, 0),
-            (bf16, 20, 196, 64, True, False, 3),
-            (fp16, 20, 49, 384, True, False, 3),
-            (bf16, 1, 196, 16, False, True, 3),
-            (bf16, 64, 576, 1024, False, True, 3),
-            (bf16, 20, 256, 1408, False, False, 1),
-            (bf16, 20, 729, 1152, False, True, 2),
-            (bf16, 20, 256, 2048, True, False, 3),
-            (fp32, 20, 196, 768, False, True, 3),
-            (fp32, 64, 196, 1024, False, True, 3),
-        ):
-            yield _compile_case(
-                generation, dtype, num_queries, num_tokens, dim, separate=separate, norm=norm, level=level
-            )
-        yield _compile_case(generation, bf16, 20, 576, 768, separate=False, norm=True, level=2, split=True)
-
-
-def _compile_case(
-    generation: int,
-    dtype: torch.dtype,
-    num_queries: int,
-    num_tokens: int,
-    dim: int,
-    *,
-    separate: bool,
-    norm: bool,
-    level: int,
-    split: bool = False,
-) -> Case:
-    """`separate`: v given; level 1: gradient of the entropy; 2: bias, gradient of the mass; 3: mask, map and `mean`."""
-    options = _launch_options(
-        num_queries,
-        num_tokens,
-        dim,
-        dtype,
-        separate=separate,
-        norm=norm,
-        extras=level > 0,
-        grad_map=level > 2,
-        generation=generation,
-    )
-    element = pointer_to(dtype)
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "grad_out_ptr", "out_ptr", "coefficients_ptr", "grad_q_ptr"), element)
-    floats = ["mass_ptr"]
-    floats += ["grad_q_ptr" if split else "sums_ptr"] * (not options["ONE_BLOCK"]) + ["affine_ptr"] * norm
-    floats += ["grad_entropy_ptr"] * (level > 0) + ["bias_ptr", "grad_mass_ptr", "grad_bias_ptr"] * (level > 1)
-    floats += ["grad_map_ptr"] * (level > 2)
-    pointers |= dict.fromkeys(floats, "*fp32")
-    pointers |= {"v_ptr": element} if separate else {}
-    pointers |= {"mask_ptr": "*u8"} if level > 2 else {}
-    axes = {"q": "bht", "k": "bgn", "v": "bgn", "grad_out": "bht", "map": "bht"}
-    strides = [f"{x}_stride_{axis}" for x, letters in axes.items() for axis in letters]
-    counts = ("num_heads", "heads_per_group", "num_queries", "num_tokens", "dim")
-    types = pointers | dict.fromkeys((*strides, *counts), "i32") | dict.fromkeys(("scale", "eps", "norm_eps"), "fp32")
-    absent = [name for name in slot_attention_bwd_kernel.arg_names if name.endswith("_ptr") and name not in pointers]
-    name = f"slot_attention bwd {str(dtype).removeprefix('torch.')} T={num_queries} N={num_tokens} D={dim}"
-    name += (
-        f"{' v' * separate}{' norm' * norm}{('', ' entropy', ' bias entropy', ' mean all')[level]}{' split' * split}"
-    )
-    return Case(
-        name=name,
-        kernel=slot_attention_bwd_kernel,
-        types=types,
-        constants=dict.fromkeys(absent)
-        | {"map_stride_n": 1, "NORMALIZE": "mean" if level > 2 else "den", "HAS_NORM": norm, "SPLIT": split}
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=(*pointers, *strides, "dim"),
-        options={key: value for key, value in options.items() if key.islower()},
-        tensor_core=dtype != torch.float32,
-        generation=generation,
-    )

@@ -8,7 +8,6 @@ call and add: at T = 20, N = 196, D = 768 the factors of a call are 0.3 of the b
 Letters: B images, N tokens, T queries (TP padded to a power of two), D channels, H heads, G token groups.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case, pointer_to
 from ..launch import on_device_of, readable
-from .cpu import padded_queries
 
 ENOUGH_PROGRAMS = 528  # two for each of up to 132 multiprocessors, twice
 
@@ -143,7 +140,7 @@ def _token_gradient_kernel(
 def _launch_options(
     padded: int, num_tokens: int, dim: int, dtype: torch.dtype, *, one_entry: bool, norm: bool
 ) -> dict[str, Any]:
-    """Blocks, warps and stages, chosen so that no configuration of `compile_cases` spills a register.
+    """Blocks, warps and stages, chosen so that no configuration of the compile check spills a register.
 
     An entry loads 64 KiB of factors a tile of 128 x 128, which larger tiles would halve and registers do not allow. The
     tokens that `norm` reads are not prefetched: smaller tiles then, of which two fit on a multiprocessor.
@@ -216,50 +213,3 @@ def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
     tensors = [readable(x) for x in tensors]
     alike = all(x.stride() == tensors[0].stride() for x in tensors)
     return tensors if alike else [x.contiguous() for x in tensors]
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: one call, the decoder's blocks, keys' and values' gradients."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for dtype, num_queries, num_tokens, dim, calls, which, norm in (
-        (bf16, 20, 196, 768, 1, "both", False),
-        (bf16, 20, 196, 768, 1, "both", True),
-        (bf16, 20, 196, 768, 12, "both", False),
-        (bf16, 20, 196, 768, 12, "both", True),
-        (bf16, 20, 196, 64, 1, "queries", False),
-        (bf16, 20, 196, 64, 2, "grad_outs", False),
-        (fp16, 20, 49, 384, 1, "grad_outs", False),
-        (bf16, 1, 196, 16, 2, "both", True),
-        (bf16, 64, 576, 1024, 6, "both", True),
-        (bf16, 20, 729, 1408, 6, "both", True),
-        (fp32, 20, 196, 768, 6, "both", True),
-        (fp32, 64, 196, 1024, 1, "both", True),
-    ):
-        yield _compile_case(dtype, num_queries, num_tokens, dim, calls, which, norm=norm)
-
-
-def _compile_case(
-    dtype: torch.dtype, num_queries: int, num_tokens: int, dim: int, calls: int, which: str, *, norm: bool
-) -> Case:
-    padded = padded_queries(num_queries)
-    options = _launch_options(padded, num_tokens, dim, dtype, one_entry=calls == 1, norm=norm)
-    element = pointer_to(dtype)
-    tuples = dict.fromkeys(("coefficients_ptrs", "q_ptrs", "grad_out_ptrs"), (element,) * calls)
-    if norm:
-        tuples |= {"affine_ptrs": ("*fp32",) * calls}
-    pointers = {"tokens_ptr": element, "grad_ptr": element}
-    axes = {"q": "bht", "grad_out": "bht", "tokens": "bgn"}
-    strides = [f"{x}_stride_{axis}" for x, letters in axes.items() for axis in letters]
-    counts = ("groups", "heads_per_group", "num_queries", "num_tokens", "dim", "chunks_per_program")
-    name = f"slot_attention token gradient {str(dtype).removeprefix('torch.')} T={num_queries} N={num_tokens} D={dim}"
-    return Case(
-        name=f"{name} {calls} x {which}{' norm' if norm else ''}",
-        kernel=_token_gradient_kernel,
-        types=tuples | pointers | dict.fromkeys((*strides, *counts), "i32"),
-        constants={"affine_ptrs": None}
-        | {"WITH_QUERIES": which in ("both", "queries"), "WITH_GRAD_OUTS": which in ("both", "grad_outs")}
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=(*tuples, *pointers, *strides, "dim"),
-        options={key: options[key] for key in ("num_warps", "num_stages")},
-        tensor_core=dtype != torch.float32,
-    )

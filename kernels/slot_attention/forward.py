@@ -7,9 +7,6 @@ most of the GPU idle: their tokens then split over several programs, whose sums 
 order, so that results repeat.
 """
 
-import functools
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case
-from ..launch import gpu_generation, multiprocessors, on_device_of, readable
+from .. import launch
+from ..launch import on_device_of, readable
 from .cpu import padded_queries
 from .forward_general import over_tokens, slot_attention_fwd_kernel
-from .forward_one_pass import forward_case, one_pass_options, slot_attention_one_pass_fwd_kernel
+from .forward_one_pass import one_pass_options, slot_attention_one_pass_fwd_kernel
 
 COMBINE_BLOCK = 256  # channels a program of `_combine_kernel`
 
@@ -69,7 +66,7 @@ def _combine_kernel(
 def _launch_options(
     num_queries: int, dim: int, dtype: torch.dtype, *, norm: bool, normalize: str, generation: int
 ) -> dict[str, Any]:
-    """Blocks, warps and stages, chosen so that no configuration of `compile_cases` spills a register.
+    """Blocks, warps and stages, chosen so that no configuration of the compile check spills a register.
 
     Channels beyond BLOCK_V go to further programs, which compute the scores again from tokens that are in cache then.
     """
@@ -97,17 +94,6 @@ def _launch_options(
     return options
 
 
-def shared_memory(x: Tensor) -> int:
-    """Bytes of shared memory that a program may use on the device of `x`; an H100's in the interpreter."""
-    return _shared_memory(x.device.index) if x.is_cuda else 232448
-
-
-@functools.cache
-def _shared_memory(device_index: int) -> int:
-    limit: int = triton.runtime.driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
-    return limit
-
-
 def triton_forward(
     q: Tensor,
     k: Tensor,
@@ -127,11 +113,12 @@ def triton_forward(
     norm = norm_eps is not None
     one_pass = None
     if v is None:
+        limit = launch.shared_memory(q)
         one_pass = one_pass_options(
-            num_queries, dim, q.dtype, normalize=normalize, norm=norm, return_map=return_map, limit=shared_memory(q)
+            num_queries, dim, q.dtype, normalize=normalize, norm=norm, return_map=return_map, limit=limit
         )
     options = one_pass or _launch_options(
-        num_queries, dim, q.dtype, norm=norm, normalize=normalize, generation=gpu_generation(q)
+        num_queries, dim, q.dtype, norm=norm, normalize=normalize, generation=launch.gpu_generation(q)
     )
     slices = 1 if one_pass else triton.cdiv(dim, options["BLOCK_V"])
     splits, split_tokens = _splits(q, batch * heads * slices, num_tokens, options["BLOCK_N"])
@@ -183,7 +170,7 @@ def triton_forward(
 def _splits(q: Tensor, programs: int, num_tokens: int, block_n: int) -> tuple[int, int]:
     """Over how many programs an image's tokens split, and how many tokens each takes: one wave, if it is not full."""
     tiles = triton.cdiv(num_tokens, block_n)
-    split_tiles = triton.cdiv(tiles, max(1, multiprocessors(q) // max(1, programs)))
+    split_tiles = triton.cdiv(tiles, max(1, launch.multiprocessors(q) // max(1, programs)))
     return triton.cdiv(tiles, split_tiles), split_tiles * block_n
 
 
@@ -208,39 +195,3 @@ def _combine(
         BLOCK_D=COMBINE_BLOCK,
     )
     return mass
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: separate keys and values, and corners of the shapes."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for dtype, num_queries, dim, norm, optional, generation in (
-        (bf16, 20, 768, False, False, None),
-        (bf16, 20, 768, False, True, None),
-        (bf16, 20, 64, False, True, None),
-        (fp16, 20, 384, False, True, None),
-        (bf16, 1, 16, True, True, None),
-        (bf16, 64, 1024, True, True, None),
-        (bf16, 20, 1408, True, False, None),
-        (bf16, 20, 2048, False, True, None),
-        (fp32, 20, 768, True, True, None),
-        (fp32, 64, 1024, True, True, 8),
-        (fp32, 64, 1024, True, True, 9),
-        (fp32, 64, 1024, True, True, 10),
-        (fp32, 20, 1408, True, True, None),
-    ):
-        normalize = "mean" if optional else "den"
-        options = _launch_options(num_queries, dim, dtype, norm=norm, normalize=normalize, generation=generation or 9)
-        kernel = slot_attention_fwd_kernel
-        case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional)
-        yield replace(case, generation=generation)
-    yield Case(
-        name="slot_attention fwd combine",
-        kernel=_combine_kernel,
-        types=dict.fromkeys(("sums_ptr", "masses_ptr", "value_sums_ptr", "mass_ptr"), "*fp32")
-        | {"out_ptr": "*bf16", "mask_ptr": "*u8", "eps": "fp32"}
-        | dict.fromkeys(("splits", "num_heads", "num_queries", "num_tokens", "dim"), "i32"),
-        constants={"NORMALIZE": "mean", "HAS_MASK": True, "BLOCK_D": COMBINE_BLOCK},
-        divisible=("sums_ptr", "masses_ptr", "value_sums_ptr", "out_ptr", "mass_ptr", "dim"),
-        options={"num_warps": 4, "num_stages": 3},
-        tensor_core=False,
-    )

@@ -6,15 +6,12 @@ all warps; then A^T E accumulates in registers, 3 x [32, 256] floats for T = 20 
 multiprocessor for that, but reads an image's tokens once, where the general kernel reads them three times.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..compile_check import SHARED_MEMORY, Case, pointer_to
 from ..launch import LOG2E
 from .cpu import padded_queries
 from .forward_general import over_tokens, softmax_over_queries
@@ -215,81 +212,3 @@ def one_pass_options(
                 "num_stages": 3,
             } | ({"maxnreg": 255} if wide else {})  # else ptxas may aim at 128 registers, and spill to get there
     return None
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles: the decoder's, then each option, split tokens, other shapes."""
-    bf16, fp16 = torch.bfloat16, torch.float16
-    for generation in (8, 9, 10):
-        for dtype, num_queries, dim, norm, optional, partial in (
-            (bf16, 20, 768, False, False, False),
-            (bf16, 20, 768, False, False, True),
-            (bf16, 20, 768, True, False, False),
-            (bf16, 20, 768, False, True, False),
-            (bf16, 20, 768, True, True, False),
-            (fp16, 7, 384, True, True, True),
-            (bf16, 31, 1024, False, True, False),
-            (bf16, 20, 1152, False, False, False),
-            (bf16, 20, 1152, False, True, False),
-            (bf16, 15, 1408, False, False, False),
-            (bf16, 15, 1408, False, True, True),
-        ):
-            options = one_pass_options(
-                num_queries,
-                dim,
-                dtype,
-                normalize="mean" if optional else "den",
-                norm=norm,
-                return_map=optional,
-                limit=SHARED_MEMORY[10 * generation],
-            )
-            assert options is not None
-            kernel = slot_attention_one_pass_fwd_kernel
-            case = forward_case(kernel, dtype, num_queries, dim, options, norm=norm, optional=optional, partial=partial)
-            yield replace(case, generation=generation)
-
-
-def forward_case(
-    kernel: Any,
-    dtype: torch.dtype,
-    num_queries: int,
-    dim: int,
-    options: dict[str, Any],
-    *,
-    norm: bool,
-    optional: bool,
-    partial: bool = False,
-) -> Case:
-    """`optional`: with bias, mask, exported map and the normaliser that needs most registers. `partial`: split tokens.
-
-    The entropy is always there, as in the decoder.
-    """
-    element = pointer_to(dtype)
-    pointers = {"q_ptr": element, "k_ptr": element, "v_ptr": element, "out_ptr": "*fp32" if partial else element}
-    pointers |= dict.fromkeys(("mass_ptr", "map_ptr", "entropy_ptr"), "*fp32")
-    absent = {"query_sum_ptr": not norm, "value_sum_ptr": not (optional and partial), "bias_ptr": not optional}
-    pointers |= {name: "*fp32" for name, left_out in absent.items() if not left_out}
-    absent["mask_ptr"] = not optional
-    if optional:
-        pointers["mask_ptr"] = "*u8"
-    strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bht"), ("k", "bgn"), ("v", "bgn")) for axis in axes]
-    counts = ("num_heads", "heads_per_group", "num_queries", "num_tokens", "split_tokens", "dim")
-    types = pointers | dict.fromkeys((*strides, *counts), "i32")
-    types |= dict.fromkeys(("scale", "eps", "norm_eps"), "fp32")
-    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    flags = {"HAS_NORM": norm, "STORE_ENTROPY": True, "PARTIAL": partial, "NORMALIZE": "mean" if optional else "den"}
-    flags |= dict.fromkeys(("HAS_BIAS", "HAS_MASK", "STORE_MAP"), optional)
-    name = f"slot_attention fwd {str(dtype).removeprefix('torch.')} T={num_queries} D={dim}"
-    name += (" norm" if norm else "") + (" mean bias mask map" if optional else "") + (" part" if partial else "")
-    name += " k v" if "v_ptr" in types else ""
-    return Case(
-        name=name,
-        kernel=kernel,
-        types=types,
-        constants={name: None for name, left_out in absent.items() if left_out}
-        | flags
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=tuple(name for name in (*pointers, *strides, "split_tokens", "dim") if name in types),
-        options={key: value for key, value in options.items() if key.islower()},
-        tensor_core=dtype != torch.float32,
-    )

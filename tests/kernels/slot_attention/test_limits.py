@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 
+from eclip.kernels import launch
 from eclip.kernels.slot_attention import (
     MAX_KERNEL_DIM,
     share_tokens,
@@ -16,7 +17,6 @@ from eclip.kernels.slot_attention import (
     slot_attention_absorbed,
     slot_attention_absorbed_reference,
 )
-from eclip.kernels.slot_attention import forward as forward_kernels
 from tests.kernels.slot_attention.test_slot_attention import (
     absorbed_inputs,
     check,
@@ -35,7 +35,7 @@ def test_norm_without_epsilon(
 ) -> None:
     """Rows that pad a tile have no variance; 1 / sqrt(0) of theirs must not reach the real ones. bf16 runs the one-pass
     kernel, fp32 the general one, 150 tokens over several programs."""
-    monkeypatch.setattr(forward_kernels, "multiprocessors", lambda _: 3)
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 3)
 
     def ours(q: Tensor, x: Tensor, w_key: Tensor, w_value: Tensor, *norm: Tensor, **options: Any) -> Any:
         return slot_attention_absorbed(q, x, w_key, w_value, token_norm=(*norm, 0.0), **options)

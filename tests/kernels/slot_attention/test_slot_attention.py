@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from eclip.kernels import launch
 from eclip.kernels.slot_attention import (
     NORMALIZERS,
     share_tokens,
@@ -21,8 +22,6 @@ from eclip.kernels.slot_attention import (
     slot_attention_absorbed_reference,
     slot_attention_reference,
 )
-from eclip.kernels.slot_attention import backward as backward_kernels
-from eclip.kernels.slot_attention import forward as forward_kernels
 from eclip.kernels.slot_attention import ops as module
 from tests.helpers import assert_as_accurate
 
@@ -314,7 +313,7 @@ def test_few_images_split_their_tokens(
     path: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiprocessors: int
 ) -> None:
     """Over several programs, whose sums are added; in bf16 by the one-pass kernel, in fp32 by the general one."""
-    monkeypatch.setattr(forward_kernels, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
     inputs = absorbed_inputs(1, 7, 150, 96, 96)
     for normalize in ("mean", "den"):
         absorbed = ours_absorbed(slot_attention_absorbed)
@@ -326,8 +325,7 @@ def test_blocks_of_other_generations(
     interpreter: torch.device, monkeypatch: pytest.MonkeyPatch, generation: int
 ) -> None:
     """Block sizes depend on the GPU; everywhere else the interpreter takes those of Hopper."""
-    for launcher in (forward_kernels, backward_kernels):
-        monkeypatch.setattr(launcher, "gpu_generation", lambda _: generation)
+    monkeypatch.setattr(launch, "gpu_generation", lambda _: generation)
     for queries in (8, 20, 64):
         check(interpreter, slot_attention, eager, kv_inputs(1, queries, 150, 64), torch.bfloat16, normalize="mean")
         inputs = absorbed_inputs(1, queries, 150, 32, 96)
