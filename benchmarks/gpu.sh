@@ -43,20 +43,24 @@ mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py')
 tests=() reports=() jobs=()
 for i in $(seq $shards); do
   tests+=("$work/tests.$i.xml")
-  part 175 "$python" -m pytest -q -p benchmarks.harness.shard --shard "$i/$shards" -m gpu --continue-on-collection-errors \
-    --tb=short --junitxml="$work/tests.$i.xml" "${files[@]}" > "$work/tests.$i.log" 2>&1 &
+  part 175 "$python" -m pytest -q -p benchmarks.harness.shard --shard "$i/$shards" -m gpu \
+    --continue-on-collection-errors --tb=short --junitxml="$work/tests.$i.xml" "${files[@]}" \
+    > "$work/tests.$i.log" 2>&1 &
   jobs+=($!)
 done
 large='131k or 262k or 1M'  # batches that compile nothing of their own
 for i in $(seq $warmers); do
   # A sixth of the memory each: the tests need some too. What fails here fails again below, and is reported there.
-  TORCHINDUCTOR_COMPILE_THREADS=2 part 175 "$python" -m pytest -q -p benchmarks.harness.shard --shard "$i/$warmers" \
-    --memory-share 0.167 --benchmark-disable -k "(ours or kv_fused or compile or cublas or peer) and not ($large)" \
-    benchmarks/slot_attention/bench_slot_attention.py benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py \
+  TORCHINDUCTOR_COMPILE_THREADS=2 part 175 "$python" -m pytest -q -p benchmarks.harness.shard \
+    --shard "$i/$warmers" --memory-share 0.167 --benchmark-disable \
+    -k "(ours or kv_fused or compile or cublas or peer) and not ($large)" \
+    benchmarks/slot_attention/bench_slot_attention.py \
+    benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py \
     > "$work/warm.$i.log" 2>&1 &
 done
 # Counts bytes between two processes on the CPU: no clock to disturb.
-part 175 "$python" -m benchmarks.contrastive.traffic --json "$work/contrastive_traffic.json" > "$work/traffic.log" 2>&1 &
+part 175 "$python" -m benchmarks.contrastive.traffic --json "$work/contrastive_traffic.json" \
+  > "$work/traffic.log" 2>&1 &
 traffic=$!
 for i in $(seq $shards); do
   wait "${jobs[i - 1]}"
@@ -80,8 +84,10 @@ bench() {
 # Our kernels in a process of their own: one that breaks the CUDA context takes no baseline along.
 bench slot_attention_baselines 95 benchmarks/slot_attention/bench_slot_attention.py -k 'not ours and not kv_fused'
 bench slot_attention_ours 90 benchmarks/slot_attention/bench_slot_attention.py -k 'ours or kv_fused'
-bench contrastive_loss_ours 70 benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py -k ours
-bench contrastive_loss_others 60 benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py -k 'not ours'
+bench contrastive_loss_ours 70 \
+  benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py -k ours
+bench contrastive_loss_others 60 \
+  benchmarks/contrastive/bench_contrastive_loss.py benchmarks/contrastive/bench_sigmoid_loss.py -k 'not ours'
 bench decode 25 benchmarks/dataloading/bench_decode.py
 reports+=("$work/contrastive_traffic.json")
 

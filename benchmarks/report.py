@@ -2,9 +2,9 @@
 
     python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] a.json b.json ...
 
-Writes <device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive_plot.py). Goals
-come first (goals.py). A row is one benchmark; `x eager` is the eager reference's median over the row's, within one op,
-shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently, and so is
+Writes <device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive/plot.py). Goals
+come first (<op>/goals.py). A row is one benchmark; `x eager` is the eager reference's median over the row's, within one
+op, shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently, and so is
 every benchmark that failed or was skipped, where pytest also wrote its JUnit file beside the JSON (a.xml beside
 a.json).
 """
@@ -12,147 +12,16 @@ a.json).
 import argparse
 import json
 import re
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contrastive import goals as contrastive_goals
 from benchmarks.contrastive import plot as contrastive_plot
 from benchmarks.harness import goals
+from benchmarks.harness.goals import Row
+from benchmarks.harness.results import read, tests_line
+from benchmarks.harness.table import table
 from benchmarks.slot_attention import goals as slot_attention_goals
-
-Row = dict[str, Any]
-MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")
-"""What is kept of pytest-benchmark's machine_info: not the host's name."""
-
-NAMED = 3  # benchmarks skipped for one reason, before the rest is a number
-
-
-def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, float], list[str]]:
-    """Rows, the machine, the best roofline of the sessions, and remarks on files without rows."""
-    rows: list[Row] = []
-    machine: dict[str, Any] = {}
-    roofline: dict[str, float] = {}
-    remarks = []
-    for path in paths:
-        remarks += not_measured(path.with_suffix(".xml"))
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            remarks.append(
-                f"{path.stem}: no result ({type(error).__name__}); it was stopped by the time limit, or failed"
-            )
-            continue
-        machine |= {k: v for k, v in record.get("machine_info", {}).items() if k in MACHINE}
-        for name, value in record.get("roofline", {}).items():
-            roofline[name] = max(value, roofline.get(name, 0.0))
-        found = [
-            {"name": b["fullname"], **_spread(b["stats"]), **b["extra_info"]} for b in record.get("benchmarks", [])
-        ]
-        if not found:
-            remarks.append(f"{path.stem}: no benchmark ran")
-        rows += found
-    eager = {_cell(r): r["seconds"] for r in rows if r.get("provider") == "eager"}
-    for row in rows:
-        if _cell(row) in eager:
-            row["speedup"] = eager[_cell(row)] / row["seconds"]
-    return rows, machine, roofline, remarks
-
-
-def not_measured(junit: Path) -> list[str]:
-    """Benchmarks that failed or were skipped, each with the first line of the reason; equal reasons share a remark."""
-    if not junit.exists():
-        return []
-    names: dict[tuple[str, str], list[str]] = {}
-    for case in ElementTree.parse(junit).getroot().iter("testcase"):
-        for outcome in case:
-            if outcome.tag in ("failure", "error", "skipped"):
-                reason = (outcome.get("message") or "no reason given").splitlines()[0][:200]
-                names.setdefault((outcome.tag, reason), []).append(f"`{case.get('name')}`")
-    words = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-    remarks = []
-    for (tag, reason), found in names.items():
-        if tag == "skipped" and len(found) > NAMED:
-            found[NAMED:] = [f"and {len(found) - NAMED} more"]
-        remarks.append(f"{junit.stem}: {words[tag]} ({reason}): {', '.join(found)}")
-    return remarks
-
-
-def _cell(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(k) for k in ("op", "shape", "dtype"))
-
-
-def _spread(stats: dict[str, float]) -> Row:
-    return {"seconds": stats["median"], "iqr": stats["iqr"], "rounds": stats["rounds"]}
-
-
-COLUMNS = {
-    "provider": lambda r: r.get("provider", r["name"]),
-    "shape": lambda r: r.get("shape", ""),
-    "dtype": lambda r: r.get("dtype", ""),
-    "median": lambda r: f"{_time(r['seconds'])} ± {_time(r['iqr'])}",
-    "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
-    "must move": lambda r: _bytes(r.get("bytes")),
-    "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
-    "of copy": lambda r: f"{r['copy_share']:.0%}" if "copy_share" in r else "",
-    "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}" if "tflop_per_s" in r else "",
-    "images/s": lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else "",
-    "share": lambda r: f"{r['share']:.0%} ({r['bound']})" if "share" in r else "",
-    "peak memory": lambda r: _bytes(r.get("peak_bytes")),
-    "saved": lambda r: _bytes(r.get("saved")),
-    "held": lambda r: _bytes(r.get("held")),
-    "error": lambda r: f"{r['error']:.1e}" if "error" in r else "",
-    "timed as": lambda r: r.get("timing", ""),
-}
-STANDARD = {
-    *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds"),
-    *("name", "gb_per_s", "copy_share", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
-    *("saved", "held", "error", "errors"),
-}
-
-
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def _bytes(count: int | None) -> str:
-    if not count:
-        return ""
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.3g} MB"
-
-
-def table(rows: list[Row]) -> str:
-    """One Markdown table; columns that are empty everywhere are left out, a benchmark's own columns come last."""
-    own = dict.fromkeys(k for r in rows for k in r if k not in STANDARD)
-    cells = {name: [cell(r) for r in rows] for name, cell in COLUMNS.items()}
-    cells |= {k: [f"{v:.3g}" if isinstance(v := r.get(k, ""), float) else str(v) for r in rows] for k in own}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def tests_line(paths: Iterable[Path]) -> str:
-    """One line on the tests' JUnit files, a shard each: counts, and the names of those that failed."""
-    suites = [ElementTree.parse(path).getroot().find("testsuite") if path.exists() else None for path in paths]
-    missing = sum(suite is None for suite in suites)
-    if missing == len(suites):
-        return "Tests marked `gpu`: no result (not run, or stopped by the time limit)."
-    count = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    bad = []
-    for suite in suites:
-        if suite is not None:
-            count = {k: n + int(suite.get(k, 0)) for k, n in count.items()}
-            failing = (c for c in suite if c.find("failure") is not None or c.find("error") is not None)
-            bad += [f"`{c.get('classname')}::{c.get('name')}`" for c in failing]
-    failed = count["failures"] + count["errors"]
-    passed = count["tests"] - failed - count["skipped"]
-    line = f"Tests marked `gpu`: {passed} passed, {failed} failed, {count['skipped']} skipped."
-    line += f" Failed: {', '.join(bad)}." if bad else ""
-    return line + (f" {missing} of {len(suites)} shards left no result (stopped by the time limit)." if missing else "")
 
 
 def judge(rows: list[Row], device: str) -> list[goals.Goal]:

@@ -1,6 +1,6 @@
 """The contrastive loss against plain PyTorch and, where they are installed, published packages.
 
-Providers are those of contrastive_baselines.py; `eager` builds the B x B logits in the features' dtype and takes both
+Providers are those of providers.py; `eager` builds the B x B logits in the features' dtype and takes both
 softmaxes in float32. A package that is not installed is skipped, and so is a row that would not fit: `eager` and its
 like where their B x B matrices exceed the free memory, anyone whose last batch predicts, at four times the time for
 twice the batch, more than a second a call. `ours` alone runs a million pairs, once.
@@ -12,7 +12,7 @@ Counted for every provider alike, whatever it spends: FLOPs as 1u forward and 4u
 that two-sided InfoNCE needs where logits are made again (logits twice, then one product a tower); one direction with
 fixed keys needs 3u. Bytes: both towers read once, with backward again, and their gradients written.
 
-error: largest miss against float64 (contrastive_exact.py) relative to the largest exact value, forward that of the
+error: largest miss against float64 (exact.py) relative to the largest exact value, forward that of the
 loss, else the worst of `errors`: features' gradients at 256 rows, the scale's gradient. rms_error: root mean square of
 the features' miss over that of the exact gradient, the worse tower; rms_rounding: the same for the exact gradient
 rounded to the features' dtype, which none that returns that dtype is likely to beat.
@@ -27,10 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contrastive.baselines import eager_fixed_keys, eager_soft
 from benchmarks.contrastive.exact import Exact, exact_loss
 from benchmarks.contrastive.goals import BOTH, FIXED_KEYS, FORWARD, SOFT, label
-from benchmarks.contrastive.providers import PROVIDERS, Loss, Provider, eager_fixed_keys, eager_soft
-from benchmarks.harness.bench import ON_GPU, Bench
+from benchmarks.contrastive.peers import Loss
+from benchmarks.contrastive.providers import PROVIDERS, Provider
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.machine import ON_GPU
 from eclip.kernels.contrastive import contrastive_loss
 
 SIZES = {"4k": 2**12, "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "1M": 2**20}

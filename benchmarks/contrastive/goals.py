@@ -1,6 +1,6 @@
 """What the contrastive loss was built to reach, judged on the rows of a run.
 
-Names of ops and shapes are those of bench_contrastive_loss.py and contrastive_traffic.py, which take them from here.
+Names of ops and shapes are those of bench_contrastive_loss.py and traffic.py, which take them from here.
 Ratios, shares and bytes are judged on any GPU; milliseconds are goals of an H200, and only shown elsewhere.
 """
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contrastive.goals import BOTH
+from benchmarks.harness.goals import Row
 
-Row = dict[str, Any]
 STYLES = {
     "ours": ("black", "o"),
     "eager": ("tab:red", "s"),

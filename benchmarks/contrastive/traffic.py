@@ -35,13 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.contrastive.goals import TRAFFIC, label
-from benchmarks.contrastive.providers import open_clip_losses
+from benchmarks.contrastive.peers import Loss, open_clip_losses
 from eclip.kernels.contrastive import contrastive_loss
 
 WORLD = 2
 SCALE = 50.0
 DTYPES = (torch.bfloat16, torch.float32)
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Traffic(TorchDispatchMode):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.harness.bench import ON_GPU, Bench
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.machine import ON_GPU
 from eclip.dataloading.demo.pack import pack_demo
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex

@@ -1,4 +1,4 @@
-"""The `bench` fixture: time one call the same way everywhere and say what share of the hardware it uses.
+"""`Bench`, the `bench` fixture: time one call the same way everywhere, say what share of the hardware it uses.
 
     import pytest
     from benchmarks.harness.providers import PROVIDERS, provide
@@ -36,153 +36,19 @@ row shows that the benchmark runs and nothing else, and says so.
 Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python -m benchmarks.report` makes the tables.
 """
 
-import datetime
-import functools
-import gc
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.harness.activations import kept_for_backward
+from benchmarks.harness.capture import capture, on_side_stream
+from benchmarks.harness.clock import cuda_clock, rounds_for
+from benchmarks.harness.machine import ON_GPU, synchronize
 
-ON_GPU = torch.cuda.is_available()
 CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"
-ROUNDS, ROUNDS_SECONDS = 30, 2.0  # of a row on a GPU: whichever is reached first
 SLOW = 0.1  # seconds: a call that is warm after one
-
-
-class CudaTime:
-    """A point in the GPU's time; the difference of two is seconds."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, start: "CudaTime") -> float:
-        self.event.synchronize()
-        return start.event.elapsed_time(self.event) / 1e3
-
-
-def cuda_clock() -> CudaTime:
-    """pytest-benchmark's timer on a GPU."""
-    return CudaTime()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if ON_GPU:
-        for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=cuda_clock))
-
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    """Where calls are warmed up and captured. One for all: a backward runs on the stream of its forward."""
-    return torch.cuda.Stream()
-
-
-def _synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def on_side_stream() -> AbstractContextManager[object]:
-    return torch.cuda.stream(side_stream()) if ON_GPU else nullcontext()
-
-
-def host_waits(call: Callable[[], Any]) -> bool:
-    """Whether `call` makes the host wait for the GPU (`.item()`, `.nonzero()`...), so that no graph can hold it."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return False
-
-
-class Captures:
-    """Whether this process can still capture."""
-
-    broken = ""
-    """Why not: torch 2.11 never ends a capture that failed, and refuses all later ones, and to give memory back."""
-
-
-def capture(call: Callable[[], Any], warmup: int) -> tuple[Callable[[], Any], str]:
-    """Warm `call` up and capture it in a CUDA graph. Returns (replay or the call itself, how it is launched)."""
-    if Captures.broken:
-        return call, f"launches ({Captures.broken})"
-    if host_waits(call):
-        return call, "launches (the host waits)"
-    stream = side_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmup):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            result = call()
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        side_stream.cache_clear()  # what follows starts on a stream that no failed capture has touched
-        if not give_back_memory():
-            Captures.broken = "an earlier capture failed"
-        return call, f"launches (capture failed: {str(error).splitlines()[0][:80]})"
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay, "graph"
-
-
-def give_back_memory() -> bool:
-    """Return what no tensor holds to the GPU; False where a capture that failed does not let torch do so."""
-    try:
-        torch.cuda.empty_cache()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return False
-    return True
-
-
-def rounds_for(seconds: float) -> int:
-    """How often to time a call that takes as long."""
-    return max(3, min(ROUNDS, int(ROUNDS_SECONDS / seconds)))
-
-
-def median_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
-    """Median device time of one replay of `call`."""
-    replay, _ = capture(call, warmup=3)
-    spans = []
-    for _ in range(rounds):
-        replay()  # keeps the GPU busy while the CPU enqueues the round: no launch gap between the events
-        start = cuda_clock()
-        replay()
-        spans.append(cuda_clock() - start)
-    return sorted(spans)[rounds // 2]
-
-
-def measure_roofline() -> dict[str, Any]:
-    """Bandwidth of a 1 GiB copy and rate of an 8192^3 bf16 matmul of random data, on the current GPU."""
-    source = torch.empty(2**29, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    copy = median_seconds(lambda: target.copy_(source))
-    a, b = source[: 2**26].view(8192, 8192), source[2**26 : 2**27].view(8192, 8192)
-    out = target[: 2**26].view(8192, 8192)
-    matmul = median_seconds(lambda: torch.mm(a, b, out=out))
-    return {"copy_bytes_per_s": 2 * source.nbytes / copy, "matmul_flops_per_s": 2 * 8192**3 / matmul}
 
 
 class Bench:
@@ -247,10 +113,10 @@ class Bench:
         Not for functions of torch.compile, whose backward may use up what its forward saved.
         """
         leaves, wanted = _leaves(inputs)
-        _synchronize()
+        synchronize()
         with on_side_stream():
             outputs = _outputs(function(*leaves))
-        _synchronize()
+        synchronize()
         grads = [self.randn(*x.shape, dtype=x.dtype) for x in outputs] if seeds is None else seeds
 
         def call() -> tuple[Tensor, ...]:
@@ -272,7 +138,7 @@ class Bench:
         if ON_GPU:
             before = torch.cuda.memory_allocated()
             results = function(*leaves)
-            _synchronize()
+            synchronize()
             columns["held"] = torch.cuda.memory_allocated() - before
             del results
         return columns
@@ -303,38 +169,50 @@ class Bench:
         info.update(op=op, provider=provider, shape=shape, dtype=str(dtype or self.dtype).removeprefix("torch."))
         info.update(bytes=bytes, flops=flops, **columns)
         if not ON_GPU:
-            info.update(device="cpu", timing="wall clock", note=CPU_NOTE)
-            result = self._benchmark.pedantic(call, rounds=rounds or 3, warmup_rounds=1)
+            result = self._on_cpu(call, rounds)
         elif once:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            result = self._benchmark.pedantic(call, rounds=1)
-            torch.cuda.synchronize()
-            info.update(device=torch.cuda.get_device_name(), timing="one launch")
-            info.update(peak_bytes=torch.cuda.max_memory_allocated() - before)
+            result = self._once(call)
         else:
-            call()  # compiles, and fills the allocator's caches
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            start = cuda_clock()
-            result = call()
-            seconds = cuda_clock() - start
-            info.update(device=torch.cuda.get_device_name(), peak_bytes=torch.cuda.max_memory_allocated() - before)
-            del result
-            warmup = 1 if seconds > SLOW else warmup
-            replay, timing = capture(call, warmup) if graph else (call, "launches")
-            info.update(timing=timing)
-            # The flush also keeps the GPU busy while the CPU enqueues the round: no launch gap between the events.
-            result = self._benchmark.pedantic(
-                replay, setup=self._refill_l2, rounds=rounds or rounds_for(seconds), warmup_rounds=warmup
-            )
+            result = self._by_rounds(call, rounds, warmup, graph)
         if (median := self.seconds) is not None:
             if images:
                 info["images_per_s"] = images / median
             self._rate(median, bytes, flops, info)
         return result
+
+    def _on_cpu(self, call: Callable[[], Any], rounds: int | None) -> Any:
+        self._benchmark.extra_info.update(device="cpu", timing="wall clock", note=CPU_NOTE)
+        return self._benchmark.pedantic(call, rounds=rounds or 3, warmup_rounds=1)
+
+    def _once(self, call: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = self._benchmark.pedantic(call, rounds=1)
+        torch.cuda.synchronize()
+        info = self._benchmark.extra_info
+        info.update(device=torch.cuda.get_device_name(), timing="one launch")
+        info.update(peak_bytes=torch.cuda.max_memory_allocated() - before)
+        return result
+
+    def _by_rounds(self, call: Callable[[], Any], rounds: int | None, warmup: int, graph: bool) -> Any:
+        call()  # compiles, and fills the allocator's caches
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        start = cuda_clock()
+        result = call()
+        seconds = cuda_clock() - start
+        info = self._benchmark.extra_info
+        info.update(device=torch.cuda.get_device_name(), peak_bytes=torch.cuda.max_memory_allocated() - before)
+        del result
+        warmup = 1 if seconds > SLOW else warmup
+        replay, timing = capture(call, warmup) if graph else (call, "launches")
+        info.update(timing=timing)
+        # The flush also keeps the GPU busy while the CPU enqueues the round: no launch gap between the events.
+        return self._benchmark.pedantic(
+            replay, setup=self._refill_l2, rounds=rounds or rounds_for(seconds), warmup_rounds=warmup
+        )
 
     @property
     def seconds(self) -> float | None:
@@ -367,65 +245,3 @@ def _leaves(inputs: Sequence[Tensor], also: Sequence[Tensor] = ()) -> tuple[list
 
 def _outputs(result: Any) -> Sequence[Tensor]:
     return (result,) if isinstance(result, Tensor) else result
-
-
-ROOFLINE = pytest.StashKey[dict[str, Any]]()
-
-
-@pytest.fixture(scope="session")
-def roofline(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """{"copy_bytes_per_s", "matmul_flops_per_s"} of this GPU in this session; {} on a CPU."""
-    measured = measure_roofline() if ON_GPU else {}
-    request.config.stash[ROOFLINE] = measured
-    return measured
-
-
-@pytest.fixture(scope="session")
-def _flush() -> Tensor | None:
-    # Four times the 60 MB of an H200's L2: what the previous round read is gone, and what it wrote is written back.
-    return torch.zeros(64 << 20, dtype=torch.float32, device="cuda") if ON_GPU else None
-
-
-@pytest.fixture
-def bench(benchmark: Any, roofline: dict[str, float], _flush: Tensor | None) -> Iterator[Bench]:
-    """Time one call; see the top of this file."""
-    yield Bench(benchmark, roofline, _flush)
-    if ON_GPU:  # the memory of this test's graph belongs to the next test
-        gc.collect()
-        give_back_memory()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Too large for this GPU is no failure. A new exception: the old one's frames would hold the memory."""
-    try:
-        return (yield)
-    except torch.OutOfMemoryError as error:
-        message = str(error).splitlines()[0]
-    pytest.skip(f"out of memory: {message}")
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(versions())
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    output_json["roofline"] = config.stash.get(ROOFLINE, {})
-
-
-def versions() -> dict[str, str]:
-    """Device, package versions, commit and date: without them a number means nothing."""
-    found = {"device": torch.cuda.get_device_name() if ON_GPU else "cpu", "torch": torch.__version__}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = "none"
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-        found["commit"] = git.stdout.strip() or "unknown"
-    except FileNotFoundError:
-        found["commit"] = "unknown"
-    found["date"] = datetime.date.today().isoformat()
-    return found

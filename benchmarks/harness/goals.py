@@ -1,4 +1,4 @@
-"""Goals as lines of a table. What they require is in <op>_goals.py, each with judge(rows, device) -> list of goals."""
+"""Goals as lines of a table. What they require is in <op>/goals.py, each with judge(rows, device) -> list of goals."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -2,8 +2,8 @@
 
     attend = provide("compile", ours=slot_attention, reference=slot_attention_reference)
 
-Peers from other packages belong in the benchmark file of the op they compute, imported inside the test with
-`pytest.importorskip`, so that a machine without them still runs the rest.
+Published packages that compute the same belong in the op's own folder (contrastive/peers.py), imported where they run,
+so that a machine without them still runs the rest.
 """
 
 from collections.abc import Callable

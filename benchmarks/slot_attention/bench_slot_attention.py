@@ -25,7 +25,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.bench import ON_GPU, Bench
+from benchmarks.harness.bench import Bench
+from benchmarks.harness.machine import ON_GPU
 from benchmarks.harness.providers import compiled
 from benchmarks.slot_attention.baselines import (
     eager,
@@ -37,7 +38,7 @@ from benchmarks.slot_attention.baselines import (
     kv_fused,
 )
 from benchmarks.slot_attention.goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
-from eclip.config import ModelConfig
+from eclip.model.settings import ModelConfig
 from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
 from eclip.kernels.slot_attention.ops import core
 from eclip.model.instance_decoder import InstanceDecoder
