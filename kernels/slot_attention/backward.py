@@ -14,7 +14,7 @@ from .. import launch
 from ..launch import on_device_of, readable
 from .backward_scores import slot_attention_bwd_kernel
 from .backward_tokens import ENOUGH_PROGRAMS, triton_token_gradients
-from .cpu import padded_queries
+from .plain import padded_queries
 
 __all__ = ["triton_backward", "triton_token_gradients"]
 

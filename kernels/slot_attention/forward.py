@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import on_device_of, readable
-from .cpu import padded_queries
 from .forward_general import over_tokens, slot_attention_fwd_kernel
 from .forward_one_pass import one_pass_options, slot_attention_one_pass_fwd_kernel
+from .plain import padded_queries
 
 COMBINE_BLOCK = 256  # channels a program of `_combine_kernel`
 

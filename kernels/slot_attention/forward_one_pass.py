@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ..launch import LOG2E
-from .cpu import padded_queries
 from .forward_general import over_tokens, softmax_over_queries
+from .plain import padded_queries
 
 
 @triton.jit

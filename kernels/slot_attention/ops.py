@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..launch import accumulate_dtype, launches_triton
 from .backward import triton_backward, triton_token_gradients
-from .cpu import padded_queries, plain_backward, plain_forward, plain_token_gradients
 from .forward import triton_forward
+from .plain import padded_queries, plain_backward, plain_forward, plain_token_gradients
 
 # --- Operators: only these know which implementation runs -------------------------------------------------------------
 

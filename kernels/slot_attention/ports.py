@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..launch import accumulate_dtype
-from .cpu import padded_queries
 from .ops import core, run_backward, save_for_backward, token_gradients
+from .plain import padded_queries
 
 
 class TokenPort(NamedTuple):
