@@ -2,7 +2,7 @@
 
 DALI gets the bytes, boxes and mirror flags of a step from a callable of the batch index, so that order, pairs and
 crops stay ours (sampling.py) and a resumed run starts its pipeline at any step. It gets what it shows as Pillow does,
-all of a packed catalogue; of an image of another kind (headers.py) it gets the crop that Pillow has made.
+all of a packed catalogue; of an image of another kind (images/headers.py) it gets the crop that Pillow has made.
 
 Damaged files need care (DALI 2.4.0): bytes that do not parse can crash the process, so headers are parsed before they
 are handed over; a file that parses but does not decode raises RuntimeError and leaves the pipeline dead, so the bad
@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .images.headers import plain, plain_bytes
-from .images.opening import CorruptImageError, check_pixels, open_image
+from .images import CorruptImageError, check_pixels, open_image, plain, plain_bytes
 from .pipeline import PREFETCH, Bad, BatchSource, decode_crop, decode_square
 from .sampling import Rows
 from .schema import Batch

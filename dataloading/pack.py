@@ -5,7 +5,7 @@
 The table is CSV or TSV with a header, or JSON lines; a product's rows need not stand together. Columns: `product`,
 `title`, `category`, `image` (path below the image folder; several in a cell by `|`, `;`, `,`, blanks or as a list), and
 when present `sku`, `source` (detail, customer, ad), `catalog`, `title_<language>`, `attribute_<name>`. Other names are
-recognised (table_columns.py) or told by --column; how the table was understood is printed before any image is decoded.
+recognised (tables/columns.py) or told by --column; how the table was understood is printed before any image is decoded.
 
 Every image is decoded in full, since one that cannot be decoded costs much more during training; what is left out is
 counted and listed with its reason in `rejected.jsonl` (`rejected.refused.jsonl` when nothing was packed and an earlier
@@ -30,26 +30,33 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .images.opening import MIN_SIDE, encode_image
-from .packing.catalog_split import check_shares, require_entries, split_of
-from .packing.gather import Draft, gather, to_sample
-from .packing.image_folder import ImageFolder, decoding_threads
-from .packing.rejection import Rejection
-from .packing.shard_swap import (
+from .errors import Rejection
+from .images import MIN_SIDE, encode_image
+from .packing import (
     RECORD,
     REFUSED,
     REJECTED,
+    Draft,
+    ImageFolder,
+    Sample,
+    check_shares,
+    decoding_threads,
+    gather,
+    image_name,
     listed_tars,
     own,
     refuse_foreign,
     replace_shards,
+    require_entries,
+    split_of,
+    to_sample,
     write_record,
+    write_shards,
+    write_tars,
 )
-from .packing.shard_writer import Sample, image_name, write_shards, write_tars
 from .system.command import Parser, one_line_errors
 from .system.console import progress_bar, say
-from .tables.scan import NoImages
-from .tables.table import add_table_arguments, open_table, require_places, table_options
+from .tables import NoImages, add_table_arguments, open_table, require_places, table_options
 
 # Also what a program that writes its own shards needs.
 __all__ = ["PackReport", "Refused", "encode_image", "image_name", "main", "pack_catalog", "write_shards"]

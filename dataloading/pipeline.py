@@ -3,8 +3,8 @@
 `BatchSource` makes the batch of a step, given a way to decode; it replaces undecodable images and packs titles and ids.
 Pillow decodes a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still larger than the crop's output: 2.2
 times the speed of a full decode for 224 px from a megapixel; torch_pipeline.py has it done in worker processes, DALI's
-way is in dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images.py says an
-image has: those that packing would store.
+way is in dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images/decode.py
+says an image has: those that packing would store.
 """
 
 import math
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .images.opening import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
+from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch
 from .text import WordPiece

@@ -1,9 +1,9 @@
 """The index of a packed split: where every image lies in the tars, and the facts that sampling needs.
 
 Shards are plain WebDataset tars `<split>-000000.tar`, ...: a sample is the members sharing the part of their name
-before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers (tars.py) and the
-JSONs gives an index of about 40 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a tar
-changes. Images are then read by offset, one `pread` each, in any order and from any process (open_tars.py).
+before the first dot, `<key>.json` and its images `<key>.000.jpg`, ... One scan of the tar headers (tars/members.py) and
+the JSONs gives an index of about 40 bytes an image, kept beside the tars as `<split>.index.npz` and built again when a
+tar changes. Images are then read by offset, one `pread` each, in any order and from any process (tars/open_tars.py).
 
 The scan is also the check before training: a missing, truncated or overwritten tar, an empty catalogue, a JSON without
 a title raise ValueError in one line that names the file and the rule.
@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
-from .packing.shard_swap import require_finished
+from .packing import require_finished
 from .schema import SOURCES, ImageRecord, Product
-from .tars.open_tars import OpenTars
-from .tars.scan import IMAGE_SUFFIXES, Span, is_image, is_json, read_samples
+from .tars import IMAGE_SUFFIXES, OpenTars, Span, is_image, is_json, read_samples
 
 log = logging.getLogger(__name__)
 

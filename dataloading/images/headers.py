@@ -1,13 +1,13 @@
 """Which encoded images every decoder shows alike: 8-bit grey or RGB, upright, in sRGB and without transparency.
 
-DALI may have these; the others are for images.py. Packed images are all of this kind and are told by their bytes alone,
+DALI may have these; the others are for decode.py. Packed images are all of this kind and are told by their bytes alone,
 in 2 us; a photo with EXIF or an ICC profile is opened with Pillow to see what they say, in 30 us.
 """
 
 from collections.abc import Iterator
 
 from .colour import is_srgb
-from .opening import OpenedImage
+from .decode import OpenedImage
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive JPEG
@@ -53,7 +53,7 @@ def plain_bytes(data: bytes) -> bool:
 
 
 def plain(opened: OpenedImage) -> bool:
-    """Whether any decoder gives the pixels that `images.upright_rgb` gives."""
+    """Whether any decoder gives the pixels that `upright_rgb` gives."""
     image, info = opened.image, opened.image.info
     profile = info.get("icc_profile")
     return (

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..images.opening import CorruptImageError, encode_image
-from .rejection import Rejection
+from ..errors import Rejection
+from ..images import CorruptImageError, encode_image
 
 Encoded = tuple[bytes, int, int]
 """A JPEG, its width and height."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .columns import Mapper, compact, is_known
-from .images import ImageNames, almost_there, explain_absence
+from .image_names import ImageNames, almost_there, explain_absence
 from .records import CsvSource, JsonSource, Record
 from .values import BadCell, is_missing, strip
 

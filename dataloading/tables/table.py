@@ -5,23 +5,22 @@
     for row in table.rows(rejected): ...
 
 CSV (separated by commas, semicolons, tabs or pipes) and JSON lines, in UTF-8, UTF-16 with its mark, or as told; columns
-by their names or aliases (table_columns.py). The file is read twice and never held: once to count and check it, then
+by their names or aliases (columns.py). The file is read twice and never held: once to count and check it, then
 for the rows.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..packing.rejection import Rejection
+from ..errors import Rejection
 from ..schema import SOURCES
-from .columns import Columns, Mapper, check_fields, is_known, parse_columns
+from .columns import Columns, Mapper, check_fields, is_known
+from .encoding import open_text, stamp_of
 from .records import SEPARATORS, CsvSource, JsonSource, open_csv
 from .scan import Look, is_empty, look_up, scan_table
-from .text import open_text, stamp_of
 from .values import BadCell, clean, clean_attribute, clean_id, printable
 
 DELIMITED = (".csv", ".tsv", ".tab", ".txt")
@@ -173,7 +172,7 @@ def open_table(
     or a name of SEPARATORS, found out by default. quotes: whether '"' quotes cells; else it is a letter.
 
     Raises ValueError, in one line with the way out, when the file cannot be read as a table in full or a required
-    column is not found; NoImages (table_scan.py), one of them, when none of the images looked up is there.
+    column is not found; NoImages (scan.py), one of them, when none of the images looked up is there.
     """
     columns = columns or {}
     require_places(path, images)
@@ -237,29 +236,3 @@ def _separator(given: str) -> str:
         names = ", ".join(SEPARATORS)
         raise ValueError(f"--separator {given!r}: expected {names}, or one character that is no letter, digit or quote")
     return letter
-
-
-def add_table_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `open_table`; `table_options` reads them."""
-    add = parser.add_argument
-    add(
-        "--column",
-        action="append",
-        default=[],
-        metavar="FIELD=NAME",
-        help="the table's column NAME is FIELD (product, title, category, image, sku, source, catalog, "
-        "title_<language>, attribute_<name>); several times; FIELD= leaves an optional one out",
-    )
-    add("--encoding", help="of the table, such as cp1252 (default: by its byte order mark, else UTF-8)")
-    add("--separator", help="comma, semicolon, tab, pipe or another character (default: found out)")
-    add("--no-quotes", action="store_true", help="the table's cells are never quoted: '\"' is a letter")
-
-
-def table_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `open_table` that the flags give. Raises ValueError."""
-    return {
-        "columns": parse_columns(args.column),
-        "encoding": args.encoding,
-        "separator": args.separator,
-        "quotes": not args.no_quotes,
-    }

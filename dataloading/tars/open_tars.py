@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .scan import BLOCK
+from .members import BLOCK
 
 _MOST = 256
 _RETRIED = (errno.ESTALE, errno.EIO)  # network stores recover from these when the file is opened again

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from eclip.dataloading import pack
+from eclip.dataloading.errors import Rejection
 from eclip.dataloading.pack import Refused, pack_catalog
 from eclip.dataloading.packing.image_folder import Encoded, ImageFolder
-from eclip.dataloading.packing.rejection import Rejection
 from eclip.dataloading.schema import Product
 from eclip.dataloading.shards import ShardIndex
 from tests.dataloading.shop import content, listed, members, photo, shop, simple, split_keys

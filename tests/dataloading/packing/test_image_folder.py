@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eclip.dataloading.errors import Rejection
 from eclip.dataloading.packing import image_folder
 from eclip.dataloading.packing.image_folder import ImageFolder, decoding_threads
-from eclip.dataloading.packing.rejection import Rejection
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eclip.dataloading.packing.rejection import Rejection
+from eclip.dataloading.errors import Rejection
 from eclip.dataloading.tables.table import Row, Table, open_table
 
 HEADER = "product,title,category,image\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eclip.dataloading.packing.rejection import Rejection
+from eclip.dataloading.errors import Rejection
 from eclip.dataloading.tables.columns import ALIASES, FIELDS, compact, parse_columns
 from tests.dataloading.tables.table_files import read, refusal, table_of
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from eclip.dataloading.packing.rejection import Rejection
+from eclip.dataloading.errors import Rejection
 from tests.dataloading.tables.table_files import read, refusal, table_of
 
 

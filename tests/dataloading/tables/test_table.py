@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from eclip.dataloading import pack
-from eclip.dataloading.packing.rejection import Rejection
-from eclip.dataloading.tables.table import add_table_arguments, open_table, table_options
+from eclip.dataloading.errors import Rejection
+from eclip.dataloading.tables import add_table_arguments, open_table, table_options
 from tests.dataloading.tables.table_files import GOOD, HEADER, image_folder, read, refusal, table_of
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eclip.dataloading.tables import text as table_text
+from eclip.dataloading.tables import encoding
 from tests.dataloading.tables.table_files import GOOD, HEADER, image_folder, read, refusal, table_of
 
 TITLE = "Stühle – 椅子 🪑"
@@ -125,7 +125,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     }
     for name, message in (expected | {"missing.csv": "no such file"}).items():
         with pytest.raises(ValueError, match=message):
-            table_text.open_text(tmp_path / name)
+            encoding.open_text(tmp_path / name)
 
 
 def test_a_table_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,4 +137,4 @@ def test_a_table_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     image_folder(tmp_path)
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(ValueError, match="cannot be read .Permission denied"):
-        table_text.open_text(path)
+        encoding.open_text(path)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import Rejection
 from ..schema import ImageRecord, Product
-from ..tables.table import Row
+from ..tables import Row
 from .image_folder import Encoded
-from .rejection import Rejection
 from .shard_writer import KEY, Sample, image_name
 
 

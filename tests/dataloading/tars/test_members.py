@@ -13,7 +13,7 @@ import pytest
 
 from eclip.dataloading.errors import DataError
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.tars.scan import read_samples
+from eclip.dataloading.tars.members import read_samples
 from tests.dataloading.fixtures import jpeg, make_split
 
 NAME = "train-000000.tar"

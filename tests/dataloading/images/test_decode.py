@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from eclip.dataloading.images.opening import CorruptImageError, encode_image, open_image, upright_rgb
+from eclip.dataloading.images.decode import CorruptImageError, encode_image, open_image, upright_rgb
 from tests.dataloading.images.pictures import exif_block, photo, png, png_chunk, rgb_profile, save, valid
 
-# pytest takes the place of the filter that images.py sets
+# pytest takes the place of the filter that decode.py sets
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 

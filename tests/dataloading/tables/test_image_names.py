@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eclip.dataloading.tables.images import ImageNames
+from eclip.dataloading.tables.image_names import ImageNames
 from tests.dataloading.tables.table_files import image_folder, read, refusal, table_of
 
 

@@ -1,7 +1,7 @@
 """Rows to products: the first row's facts, contradictions, repetitions."""
 
-from eclip.dataloading.packing.gather import gather, to_sample
-from eclip.dataloading.packing.rejection import Rejection
+from eclip.dataloading.errors import Rejection
+from eclip.dataloading.packing.drafts import gather, to_sample
 from eclip.dataloading.tables.table import Row
 
 
