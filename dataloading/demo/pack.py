@@ -2,189 +2,48 @@
 
     python -m eclip.dataloading.demo --out data/demo
 
-Every image of a product is drawn from a generator seeded by (seed, product, number of the image), so the shards do not
-depend on how many processes draw them. Images alternate between the product's SKUs and, within a SKU, between the
-three sources. Distractors come from the same split, never from the same series, and never make a title ambiguous.
+Processes compose a product each (samples.py says what); the shards do not depend on how many they are. A folder that
+is up to date is left as it is: its record holds a fingerprint of all that decides what is composed.
 """
 
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import signal
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from .. import schema
-from ..packing import shard_writer
-from ..packing.shard_swap import own, refuse_foreign, replace_shards, require_finished, write_record
-from ..packing.shard_writer import Sample, image_name, write_tars
-from ..schema import SOURCES, ImageRecord, Product
+from ..packing import (
+    Sample,
+    own,
+    refuse_foreign,
+    replace_shards,
+    require_finished,
+    shard_writer,
+    write_record,
+    write_tars,
+)
 from ..system.command import Parser, one_line_errors
 from ..system.console import progress_bar, say
 from ..system.parent import die_with_parent
-from . import colours as demo_colours
-from . import scenes as demo_scenes
-from . import split as demo_split
-from . import textures as demo_textures
-from . import titles as demo_titles
-from .scenes import DISTRACTORS, Sprite, compose, num_distractors
-from .split import SPLITS, near_identical, split_products
-from .titles import CatalogProduct, CatalogSku
+from .products import ARCHIVE
+from .samples import Plan, compose_product, make_plan
+from .scenes import DISTRACTORS
+from .split import SPLITS
 
-ARCHIVE = Path(__file__).parent / "catalog" / "cc0_products.tar"
-"""Views (cropped RGBA WebP, at most 192 px) and products.jsonl."""
 _RECORD = "demo.json"
-_MIN_ASPECT = 0.2
-_FROM_BEHIND = (1, 5, 9)  # positions of the rear views of every SKU: nobody shows the back of a cabinet
+_plan: Plan | None = None
 
 
-@cache
-def _archive() -> dict[str, bytes]:
-    with tarfile.open(ARCHIVE) as tar:
-        return {m.name: stream.read() for m in tar if m.isfile() and (stream := tar.extractfile(m)) is not None}
-
-
-@cache
-def _view(name: str) -> Image.Image:
-    return Image.open(io.BytesIO(_archive()[name])).convert("RGBA")
-
-
-@cache
-def read_catalog() -> tuple[CatalogProduct, ...]:
-    """The products of the archive in its order, SKUs grouped, the original colour first."""
-    products: dict[str, CatalogProduct] = {}
-    for line in _archive()["products.jsonl"].decode().splitlines():
-        row = json.loads(line)
-        width, depth, height = row["size_cm"]
-        seen = demo_colours.colour_share([_view(name) for name in row["views"][:5:2]], row["colour"])
-        sku = CatalogSku(
-            sku=row["sku"],
-            colour=row["colour"],
-            recoloured=row["recoloured"],
-            size_cm=(width, depth, height),
-            views=tuple(row["views"]),
-            colour_seen=seen >= demo_colours.SEEN,
-        )
-        known = products.get(row["product"])
-        products[row["product"]] = CatalogProduct(
-            product=row["product"],
-            name=row["name"],
-            names=row["names"],
-            category=row["category"],
-            tags=tuple(row["tags"]),
-            creator=row["creator"],
-            skus=(*known.skus, sku) if known else (sku,),
-        )
-    return tuple(products.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Everything that decides what a product's sample looks like, the same in every process."""
-
-    image_size: int
-    seed: int
-    images_per_product: int
-    distractors: tuple[int, int]
-    products: tuple[CatalogProduct, ...]
-    catalog: tuple[str, ...]
-    series: tuple[str, ...]
-    sides: tuple[str, ...]
-
-
-def _clear_views(sku: CatalogSku) -> list[str]:
-    """Views neither from behind nor edge-on (a ruler from its end); the three widest when all are narrow."""
-    views = [name for position, name in enumerate(sku.views) if position not in _FROM_BEHIND]
-    aspect = {name: min(_view(name).size) / max(_view(name).size) for name in views}
-    clear = [name for name in views if aspect[name] >= _MIN_ASPECT]
-    return clear if len(clear) >= 3 else sorted(views, key=lambda name: -aspect[name])[:3]
-
-
-def _distractors(plan: _Plan, p: int, title: str, colour: str, count: int, rng: np.random.Generator) -> list[Sprite]:
-    """Draw SKUs of other products so that the title fits the titled product only.
-
-    A product of a like type is let in only in a clearly different colour, when the title names the colour.
-    """
-    noun = demo_titles.head_noun(plan.products[p])
-    coloured = demo_titles.names_colour(title, colour)
-    sprites: list[Sprite] = []
-    for q in rng.permutation(len(plan.products)):
-        if len(sprites) == count:
-            break
-        other = plan.products[q]
-        if plan.sides[q] != plan.sides[p] or plan.series[q] == plan.series[p]:
-            continue
-        skus = list(other.skus)
-        if demo_titles.alike(demo_titles.head_noun(other), noun):
-            skus = [s for s in skus if coloured and s.colour_seen and demo_colours.distinct(s.colour, colour)]
-        if skus:
-            sku = skus[int(rng.integers(len(skus)))]
-            views = _clear_views(sku)
-            sprites.append(Sprite(product=other.product, sku=sku.sku, view=_view(views[int(rng.integers(len(views)))])))
-    return sprites
-
-
-def _compose_product(plan: _Plan, p: int) -> Sample:
-    """Compose all images of product p and write its record."""
-    product = plan.products[p]
-    skus = product.skus[: max(1, plan.images_per_product // 2)]
-    records, images = [], []
-    for number in range(plan.images_per_product):
-        rng = np.random.default_rng([plan.seed, zlib.crc32(product.product.encode()), number])
-        sku = skus[number % len(skus)]
-        source = SOURCES[(number // len(skus)) % len(SOURCES)]
-        title = demo_titles.draw_title(product, sku, rng)
-        views = _clear_views(sku)
-        view = _view(views[int(rng.integers(len(views)))])
-        count = num_distractors(source, rng, plan.distractors)
-        others = _distractors(plan, p, title, sku.colour, count, rng)
-        titled = Sprite(product=product.product, sku=sku.sku, view=view)
-        data, instances = compose(source, [titled, *others], plan.image_size, rng)
-        records.append(
-            ImageRecord(
-                file=image_name(number),
-                source=source,
-                sku=sku.sku,
-                title=title,
-                width=plan.image_size,
-                height=plan.image_size,
-                instances=instances,
-            )
-        )
-        images.append(data)
-    trained = {demo_titles.head_noun(plan.products[q]) for q in range(len(plan.products)) if plan.sides[q] == "train"}
-    facts = demo_titles.attributes(product)
-    return Product(
-        key=product.product,
-        product=product.product,
-        title=demo_titles.product_title(product),
-        category=product.category,
-        catalog=plan.catalog[p],
-        titles=demo_titles.titles_by_language(product),
-        attributes=facts | {"unseen_type": facts["type"] not in trained, "series": plan.series[p]},
-        skus={s.sku: demo_titles.sku_facts(s) for s in skus},
-        images=tuple(records),
-    ), images
-
-
-_plan: _Plan | None = None
-
-
-def _start_worker(plan: _Plan) -> None:
+def _start_worker(plan: Plan) -> None:
     global _plan
     for number in (signal.SIGINT, signal.SIGHUP):  # these reach the whole group; the parent ends the pool
         signal.signal(number, signal.SIG_IGN)
@@ -194,7 +53,7 @@ def _start_worker(plan: _Plan) -> None:
 
 def _work(p: int) -> Sample:
     assert _plan is not None
-    return _compose_product(_plan, p)
+    return compose_product(_plan, p)
 
 
 def fingerprint(
@@ -203,9 +62,8 @@ def fingerprint(
     """Hash of the arguments, the archive and the code that composes: equal fingerprints, equal shards."""
     sha = hashlib.sha256(repr((image_size, seed, images_per_product, tuple(distractors), limit)).encode())
     sha.update(ARCHIVE.read_bytes())
-    for module in (demo_colours, demo_scenes, demo_split, demo_textures, demo_titles, schema, shard_writer):
-        sha.update(Path(str(module.__file__)).read_bytes())
-    sha.update(Path(__file__).read_bytes())
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(schema.__file__), Path(shard_writer.__file__)):
+        sha.update(source.read_bytes())
     return sha.hexdigest()[:16]
 
 
@@ -265,33 +123,14 @@ def pack_demo(
     expected = fingerprint(image_size, seed, images_per_product, distractors, limit)
     if _up_to_date(data_dir, expected):
         return
-    plan = _make_plan(image_size, seed, images_per_product, distractors, limit)
+    plan = make_plan(image_size, seed, images_per_product, distractors, limit)
     with own(data_dir, wait=True):
         if not _up_to_date(data_dir, expected):  # another run may have packed while this one waited
             refuse_foreign(data_dir, (_RECORD,))  # a user's own catalogue is not replaced by this one
             _pack(data_dir, plan, expected, workers, progress)
 
 
-def _make_plan(
-    image_size: int, seed: int, images_per_product: int, distractors: tuple[int, int], limit: int | None
-) -> _Plan:
-    products = read_catalog()
-    if limit is not None and limit < len(products):
-        products = tuple(products[i * len(products) // limit] for i in range(limit))
-    catalog, series = near_identical(products, lambda product: [_view(name) for name in product.skus[0].views])
-    return _Plan(
-        image_size=image_size,
-        seed=seed,
-        images_per_product=images_per_product,
-        distractors=distractors,
-        products=products,
-        catalog=tuple(catalog),
-        series=tuple(series),
-        sides=tuple(split_products(products, series)),
-    )
-
-
-def _pack(data_dir: Path, plan: _Plan, expected: str, workers: int, progress: bool) -> None:
+def _pack(data_dir: Path, plan: Plan, expected: str, workers: int, progress: bool) -> None:
     total = plan.images_per_product * len(plan.products)
     with replace_shards(data_dir) as folder:
         with (
@@ -319,10 +158,10 @@ def _counted(samples: Iterable[Sample], bar: "tqdm[None]") -> Iterator[Sample]:
 
 
 @contextlib.contextmanager
-def _workers(workers: int, plan: _Plan) -> Iterator[Callable[[list[int]], Iterable[Sample]]]:
+def _workers(workers: int, plan: Plan) -> Iterator[Callable[[list[int]], Iterable[Sample]]]:
     """Yield a function that composes products in order, here or in `workers` processes."""
     if workers == 1:
-        yield lambda positions: (_compose_product(plan, p) for p in positions)
+        yield lambda positions: (compose_product(plan, p) for p in positions)
         return
     # spawn: torch may already run threads here, and a forked copy of those can hang.
     context = multiprocessing.get_context("spawn")

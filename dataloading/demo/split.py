@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from .titles import CatalogProduct, head_noun
+from .products import CatalogProduct
+from .titles import head_noun
 
 SPLITS = ("train", "val", "test")
 _TEST_SHARE, _VAL_SHARE = 0.2, 0.1

@@ -6,38 +6,11 @@ title uses a random subset of them in a random template, as titles of one produc
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-
-@dataclass(frozen=True, kw_only=True)
-class CatalogSku:
-    """One colour variant of a product. `views` are names of RGBA images, `size_cm` is width, depth, height."""
-
-    sku: str
-    colour: str
-    recoloured: bool
-    size_cm: tuple[float, float, float]
-    views: tuple[str, ...]
-    colour_seen: bool = True
-    """False when the colour is of a part too small to call the product by it: titles then leave it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CatalogProduct:
-    """One 3D model of the embedded catalogue with its colour variants, the original first."""
-
-    product: str
-    name: str
-    names: Mapping[str, str]
-    category: str
-    tags: tuple[str, ...]
-    creator: str
-    skus: tuple[CatalogSku, ...]
-
+from .products import CatalogProduct, CatalogSku
 
 # Names that speak of the 3D file ("rigged" for animation) or are no English; the rest are used as they are.
 _NAMES = {

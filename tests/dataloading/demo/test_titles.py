@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eclip.dataloading.demo import pack as demo
 from eclip.dataloading.demo.colours import colour_share, distinct
+from eclip.dataloading.demo.products import CatalogProduct, CatalogSku, read_catalog
 from eclip.dataloading.demo.titles import (
     _ALIKE,
     _HEADS,
     _NAMES,
-    CatalogProduct,
-    CatalogSku,
     alike,
     attributes,
     dimensions,
@@ -46,7 +44,7 @@ def sofa(**changes) -> CatalogProduct:
 
 def test_titles_state_only_true_facts() -> None:
     """Every word and number of every title is a fact of the SKU or one of the templates' few words."""
-    for product in demo.read_catalog():
+    for product in read_catalog():
         for sku in product.skus:
             facts = " ".join([product_name(product), product.category, *told_tags(product)]).lower()
             words = set(re.findall(r"[^\W\d_]+", facts)) | {"cm", "x", "in", "for", "the"}
@@ -100,7 +98,7 @@ def test_head_noun(name: str, noun: str) -> None:
 
 
 def test_every_noun_of_a_like_group_exists() -> None:
-    products = demo.read_catalog()
+    products = read_catalog()
     assert set().union(*_ALIKE) <= {head_noun(p) for p in products}
     assert _HEADS.keys() | _NAMES.keys() <= {p.name for p in products}
     assert alike("lamp", "lantern") and not alike("lamp", "bed")
@@ -125,5 +123,5 @@ def test_colour_share() -> None:
     assert colour_share([half], "red") == pytest.approx(2 / 3, abs=0.01)
     assert colour_share([half], "blue") == pytest.approx(1 / 3, abs=0.01)
     assert colour_share([half], "green") == 0
-    assert {s.colour for p in demo.read_catalog() for s in p.skus} == set(COLOURS)
+    assert {s.colour for p in read_catalog() for s in p.skus} == set(COLOURS)
     assert distinct("red", "blue") and not distinct("white", "gray") and not distinct("red", "red")
