@@ -9,7 +9,8 @@ from eclip.model.image_encoder import ImageEncoder
 from eclip.model.text_encoder import TextEncoder
 from eclip.weights.pretrained import load_image_weights, load_text_weights
 from eclip.weights.towers import convert_dinov2_onnx, package_data, write_towers
-from tests.model.tiny import hugging_face_bert, hugging_face_dinov2, tiny
+from tests.model.tiny import tiny
+from tests.weights.hugging_face import hugging_face_bert, hugging_face_dinov2
 
 MATRICES = {
     "q_proj": "attention/attention/query",
