@@ -38,10 +38,10 @@ from benchmarks.slot_attention.baselines import (
     kv_fused,
 )
 from benchmarks.slot_attention.goals import BACKWARD, BLOCK, BOTH, CORE, DECODER, FORWARD, SIX_BLOCKS, label
-from eclip.model.settings import ModelConfig
 from eclip.kernels.slot_attention import share_tokens, slot_attention_absorbed
 from eclip.kernels.slot_attention.ops import core
 from eclip.model.instance_decoder import InstanceDecoder
+from eclip.model.settings import ModelConfig
 
 MODES = (FORWARD, BACKWARD, BOTH)
 PROVIDERS: dict[str, Callable[..., Any]] = {
