@@ -1,5 +1,8 @@
 """Every setting of a run: frozen dataclasses, one validation place each.
 
+What a room of its own is about stands there: `ModelConfig` in model/settings.py, `ObjectiveConfig` in
+objectives/settings.py. Here are the data's, the optimizer's and the run's, which holds them all.
+
 presets.py holds complete sets of them and reads command-line flags. The resolved configuration is saved as
 `config.json` in the run folder, so that evaluation and resume need no flags.
 """
@@ -10,99 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from .setting_rules import Rule, check_settings, flag, from_record, require
+from .model.settings import ModelConfig
+from .objectives.settings import ObjectiveConfig
+from .setting_rules import (
+    ONE_OR_MORE,
+    POSITIVE,
+    ZERO_OR_MORE,
+    Rule,
+    check_settings,
+    flag,
+    from_record,
+    require,
+)
 
 PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
 
-_ONE_OR_MORE, _ZERO_OR_MORE = Rule(low=1), Rule(low=0)
-_POSITIVE = Rule(low=0, above_low=True)
-_SHARE = Rule(low=0, high=1)
 _BETA = Rule(low=0, high=1, below_high=True)
-_TEMPERATURE = Rule(low=0, above_low=True, why="logits are divided by it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shapes of the two encoders, the projections and the instance decoder."""
-
-    image_size: int = 96
-    """Side of the square input, pixels."""
-    patch_size: int = 12
-    vision_width: int = 192
-    vision_depth: int = 6
-    vision_heads: int = 3
-    layer_scale: bool = False
-    """Per-channel scales on the residual branches (DINOv2); ImageNet ViTs have none."""
-    vision_eps: float = 1e-6
-    """Epsilon of the image tower's LayerNorms: 1e-6 in timm and DINOv2; Hugging Face's ViTModel computes with 1e-12."""
-    pixel_statistics: Literal["imagenet", "half"] = "imagenet"
-    """Pixels are normalised with ImageNet's mean and deviation (timm, DINOv2), or 0.5 (ViTs from ImageNet-21k)."""
-    vocab_size: int = 4096
-    """Rows of the token embedding; at least the tokenizer's vocabulary."""
-    text_width: int = 192
-    text_depth: int = 4
-    text_heads: int = 3
-    max_positions: int = 64
-    """Rows of the text position embedding; titles are cut to DataConfig.max_tokens."""
-    text_pooling: Literal["cls", "mean"] = "cls"
-    """`cls` as in the paper; `mean` for sentence-transformers towers, which were trained that way."""
-    embed_dim: int = 192
-    """D: width of g_I, g_T and of the instance decoder."""
-    num_queries: int = 20
-    """T: one positive and T-1 negative instance queries."""
-    decoder_depth: int = 6
-    decoder_heads: int = 12
-    """Heads of the self-attention among the queries (slot attention itself is single-headed)."""
-    token_norm: bool = True
-    """LayerNorm of the patch tokens before the decoder (a choice: the paper names none); keeps score logits near 1."""
-    slot_heads: int = 1
-    normalize: Literal["mean", "den", "l1max", "sum"] = "den"
-    slot_eps: float = 1e-6
-    kernels: Literal["auto", "reference"] = "auto"
-    """`reference` runs the whole model on plain PyTorch, for comparison."""
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(
-            ("image_size", "patch_size", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
-             "text_heads", "embed_dim", "decoder_depth", "decoder_heads", "slot_heads"),
-            _ONE_OR_MORE,
-        ),
-        "vision_eps": _POSITIVE,
-        "vocab_size": Rule(low=6, why="five special pieces and one more"),
-        "max_positions": Rule(low=3, why="[CLS], one piece and [SEP] need 3"),
-        "num_queries": Rule(low=2, why="one positive and one negative are the least"),
-        "slot_eps": _ZERO_OR_MORE,
-    }  # fmt: skip
-
-    @property
-    def absorbs_projections(self) -> bool:
-        """Whether slot attention moves its queries into token space instead of projecting the tokens.
-
-        At h heads the products with the tokens cost h times as much then, and the tokens are read (from cache) h times:
-        at 4 heads 0.2 of the FLOPs of projecting (T=20, N=196, D=768), at 12 heads 0.4. Beyond 4, keys and values are
-        built; where exactly the two cross is not measured.
-        """
-        return self.slot_heads <= 4
-
-    def __post_init__(self) -> None:
-        check_settings(self, self.RULES)
-        towers = (("vision_width", "vision_heads"), ("text_width", "text_heads"))
-        for width, heads in (*towers, ("embed_dim", "decoder_heads"), ("embed_dim", "slot_heads")):
-            require(
-                getattr(self, width) % getattr(self, heads) == 0,
-                f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
-                f"choose a multiple for {flag(width)}",
-            )
-        require(
-            self.image_size % self.patch_size == 0,
-            f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
-            f"use e.g. {max(1, self.image_size // self.patch_size) * self.patch_size}",
-        )
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +57,7 @@ class DataConfig:
         "demo_image_size": Rule(low=32, high=512, why="the embedded views have 192 px"),
         "demo_images_per_product": Rule(low=2, why="pairs need images of two sources"),
         "demo_products": Rule(low=20, why="fewer leave a split without distractors"),
-        **dict.fromkeys(("num_workers", "stall_seconds"), _ZERO_OR_MORE),
+        **dict.fromkeys(("num_workers", "stall_seconds"), ZERO_OR_MORE),
         "max_tokens": Rule(low=3, why="[CLS], one piece and [SEP] need 3"),
     }
 
@@ -142,54 +68,6 @@ class DataConfig:
             0 < low <= high <= 1,
             f"crop_scale={self.crop_scale}: area shares of the image, the smallest first; "
             f"set {flag('crop_scale')} to two numbers with 0 < smallest <= largest <= 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """Which losses, with which weights (the paper: a plain sum)."""
-
-    objective: Literal["eclip", "clip"] = "eclip"
-    """`clip` trains L_itc alone: the baseline."""
-    soft_labels: Literal["none", "title", "catalog"] = "title"
-    """L_itc shares the target mass among equal titles, or (e-CLIP) among the products of one catalog id."""
-    itc_weight: float = 1.0
-    inter_weight: float = 1.0
-    itm_weight: float = 1.0
-    intra_weight: float = 1.0
-    entropy_weight: float = 1.0
-    """L_R, the entropy of the assignment of tokens to queries."""
-    inter_temperature: float = 0.1
-    intra_temperature: float = 0.1
-    image_prompt_share: float = 0.5
-    """Share of queries prompted by another image of the product instead of a title."""
-    own_image_share: float = 0.0
-    """Share of positive image prompts that are the image itself, as at inference, instead of another image."""
-    gaussian_share: float = 0.0
-    """Share of products whose negative prompts are N(0, I), as at inference, instead of other products' prompts."""
-    token_keep: float = 1.0
-    """Share of the patch tokens that a step's decoder sees, drawn anew each step: less work and less to memorise."""
-    ema_momentum: float = 0.996
-    decoder_warmup_steps: int = 0
-    """Steps over which the weights of the decoder's losses rise from 0."""
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(("image_prompt_share", "own_image_share", "gaussian_share", "ema_momentum"), _SHARE),
-        **dict.fromkeys(
-            ("itc_weight", "inter_weight", "itm_weight", "intra_weight", "entropy_weight", "decoder_warmup_steps"),
-            _ZERO_OR_MORE,
-        ),
-        **dict.fromkeys(("inter_temperature", "intra_temperature"), _TEMPERATURE),
-        "token_keep": Rule(low=0, high=1, above_low=True, why="the share of patch tokens that stay"),
-    }
-
-    def __post_init__(self) -> None:
-        check_settings(self, self.RULES)
-        used = ("itc",) if self.objective == "clip" else ("itc", "inter", "itm", "intra", "entropy")
-        require(
-            any(getattr(self, f"{name}_weight") > 0 for name in used),
-            f"objective={self.objective} with {', '.join(f'{name}_weight=0' for name in used)}: nothing is left to "
-            f"train on; give a weight above 0, e.g. --itc-weight 1",
         )
 
 
@@ -208,8 +86,8 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(("learning_rate", "clip_norm"), _POSITIVE),
-        **dict.fromkeys(("tower_learning_rate_scale", "weight_decay", "warmup_steps"), _ZERO_OR_MORE),
+        **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE),
+        **dict.fromkeys(("tower_learning_rate_scale", "weight_decay", "warmup_steps"), ZERO_OR_MORE),
         **dict.fromkeys(("beta1", "beta2"), _BETA),
     }
 
@@ -271,7 +149,7 @@ class RunConfig:
 
     RULES: ClassVar[dict[str, Rule]] = {
         **dict.fromkeys(
-            ("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), _ONE_OR_MORE
+            ("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE
         ),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
         "seed": Rule(low=0, high=2**32 - 1),

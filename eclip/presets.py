@@ -10,7 +10,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, PresetName, RunConfig
+from .config import DataConfig, OptimConfig, PresetName, RunConfig
+from .model.settings import ModelConfig
+from .objectives.settings import ObjectiveConfig
 from .setting_rules import flag
 from .weights.towers import TOWER_SHAPES
 

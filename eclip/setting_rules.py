@@ -35,6 +35,11 @@ class Rule:
         return f"{start} and below {self.high}" if self.below_high else f"{start} to {self.high}"
 
 
+ONE_OR_MORE, ZERO_OR_MORE = Rule(low=1), Rule(low=0)
+POSITIVE = Rule(low=0, above_low=True)
+SHARE = Rule(low=0, high=1)
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

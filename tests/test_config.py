@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from eclip.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from eclip.config import DataConfig, OptimConfig, RunConfig
+from eclip.model.settings import ModelConfig
+from eclip.objectives.settings import ObjectiveConfig
 from eclip.presets import PRESETS, parse
 
 

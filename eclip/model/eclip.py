@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from eclip.config import ModelConfig
 from eclip.model.image_encoder import ImageEncoder
 from eclip.model.instance_decoder import DecoderOutput, InstanceDecoder, InstanceQueries
+from eclip.model.settings import ModelConfig
 from eclip.model.text_encoder import TextEncoder
 
 INITIAL_TEMPERATURE = 0.07

@@ -7,7 +7,7 @@ Letters: B images, N = grid * grid patches, S side in pixels, D width.
 import torch
 from torch import Tensor, nn
 
-from eclip.config import ModelConfig
+from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PreNormBlock, init_transformer
 
 PIXEL_STATISTICS = {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eclip.config import ModelConfig
+from eclip.kernels.launch import accumulate_dtype
 from eclip.kernels.slot_attention import (
     TokenPort,
     share_tokens,
@@ -34,6 +34,7 @@ from eclip.kernels.slot_attention import (
     slot_attention_absorbed,
     slot_attention_absorbed_reference,
 )
+from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PostNormBlock, init_transformer
 
 DECODER_EPS = 1e-6
@@ -48,7 +49,7 @@ class DecoderOutput:
     slots: Tensor
     """(B, T, D) H^L: instance features, not normalised."""
     entropy: Tensor
-    """Scalar float32, L_R: -sum_t A log A, mean over tokens, blocks and images. log T at most."""
+    """Scalar, L_R: -sum_t A log A, mean over tokens, blocks and images. log T at most. float32, float64 in float64."""
     assignment: Tensor | None
     """(B, T, N) float32, detached: A of the last block (mean of slot heads), the share of token n taken by query t.
     None unless asked for."""
@@ -157,7 +158,7 @@ class InstanceDecoder(nn.Module):
         for block, port in zip(self.blocks, ports, strict=True):
             wanted = return_map and block is self.blocks[-1]
             slots, entropy, assignment = block(slots, queries, tokens, port, wanted)
-            entropies.append(entropy.float().mean() / tokens.shape[1])
+            entropies.append(entropy.to(accumulate_dtype(entropy.dtype)).mean() / tokens.shape[1])
         if assignment is not None:
             assignment = assignment.detach().float()
             assignment = assignment if assignment.ndim == 3 else assignment.mean(dim=1)

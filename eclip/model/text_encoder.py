@@ -7,7 +7,7 @@ Letters: n texts, total tokens of all of them, D width.
 
 from torch import Tensor, nn
 
-from eclip.config import ModelConfig
+from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PostNormBlock, Ragged, init_transformer
 
 BERT_EPS = 1e-12

@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from eclip.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from eclip.config import OptimConfig, RunConfig
+from eclip.model.settings import ModelConfig
+from eclip.objectives.settings import ObjectiveConfig
 
 
 def _all(prefix: str, kind: Any, *but: str) -> frozenset[str]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from eclip.config import RunConfig
 from eclip.dataloading.schema import Batch
 from eclip.model.eclip import ECLIP
-from eclip.objectives.eclip import CachedFeatures, compute_losses
+from eclip.objectives.objective import make_objective
+from eclip.objectives.views import CachedFeatures
 from eclip.parallel.ranks import Ranks
 from eclip.training.momentum import is_locked
 
@@ -18,19 +19,19 @@ class TrainStep(nn.Module):
 
     def __init__(self, model: ECLIP, momentum: ECLIP | None, config: RunConfig, ranks: Ranks) -> None:
         super().__init__()
-        self.model, self.momentum, self.config, self.group = model, momentum, config, ranks.group
+        self.model, self.momentum, self.group, self.seed = model, momentum, ranks.group, config.seed
+        self.objective = make_objective(config.objective)
         self.autocast = use_bf16(config, ranks)
 
     def forward(self, batch: Batch, features: CachedFeatures | None) -> dict[str, Tensor]:
         with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
-            losses = compute_losses(
+            losses = self.objective.losses(
                 self.model,
                 self.momentum,
                 batch,
-                self.config.objective,
                 features=features,
                 step=batch.step,
-                seed=self.config.seed,
+                seed=self.seed,
                 group=self.group,
             )
         return {**losses, "logit_scale": self.model.scale().detach()}

@@ -20,11 +20,13 @@ from PIL import Image
 
 import eclip.evaluate.inputs as inputs_module
 import eclip.evaluate.run as run_module
-from eclip.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from eclip.config import DataConfig, RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES, ImageRecord, Instance, Product
 from eclip.evaluate.features import decoder_is_trained
 from eclip.evaluate.run import evaluate_run
+from eclip.model.settings import ModelConfig
+from eclip.objectives.settings import ObjectiveConfig
 
 SIZE, PATCH = 64, 8
 COLOURS = {

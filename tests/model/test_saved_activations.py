@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.harness.activations import kept_for_backward
 from benchmarks.slot_attention.baselines import eager_decoder
 from benchmarks.slot_attention.bench_slot_attention import six_blocks
-from eclip.config import ModelConfig
 from eclip.model.instance_decoder import InstanceDecoder
+from eclip.model.settings import ModelConfig
 
 N, T, D, BLOCKS = 196, 20, 768, 6
 SHARE = 0.15

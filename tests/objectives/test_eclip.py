@@ -8,21 +8,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import eclip.objectives.eclip
-from eclip.config import ObjectiveConfig
+import eclip.objectives.contrast
 from eclip.dataloading.schema import Batch
 from eclip.kernels.contrastive import contrastive_loss
 from eclip.model.eclip import ECLIP
-from eclip.objectives.eclip import (
-    CachedFeatures,
-    build_prompts,
-    compute_losses,
-    draw_prompts,
-    draw_tokens,
-    intra_product_loss,
-    matching_loss,
-    take_query,
-)
+from eclip.objectives.contrast import contrast, unit
+from eclip.objectives.draws import build_prompts, draw_prompts, draw_tokens, take_query
+from eclip.objectives.eclip import compute_losses
+from eclip.objectives.intra_product import intra_product_loss
+from eclip.objectives.matching import matching_loss
+from eclip.objectives.settings import ObjectiveConfig
+from eclip.objectives.views import CachedFeatures
 from eclip.training.momentum import make_momentum
 from tests.model.tiny import TINY
 
@@ -233,7 +229,7 @@ def test_ranks_know_each_others_rows(model: ECLIP, monkeypatch: pytest.MonkeyPat
         known.append(options["rows_per_rank"])
         return contrastive_loss(*features, **options)
 
-    monkeypatch.setattr(eclip.objectives.eclip, "contrastive_loss", loss)
+    monkeypatch.setattr(eclip.objectives.contrast, "contrastive_loss", loss)
     alone = _losses(model, _batch())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -268,7 +264,7 @@ def _matching(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.T
 
 
 def _contrastive(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    return eclip.objectives.eclip._loss_function(model, len(texts), None)(slots[:, 0], texts, torch.tensor(100.0))
+    return contrast(model, unit(slots[:, 0]), unit(texts), torch.tensor(100.0), None)
 
 
 # Not the contrastive kernels: they take autocast's dtype for their operands, on purpose.
