@@ -234,10 +234,10 @@ def _summary(report: PackReport) -> str:
     return f"products {counts}; {report.images} images; {len(report.rejected)} rejected ({rejected})"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.dataloading.pack") -> None:
     """Command line of `pack_catalog`."""
     parser = Parser(
-        prog="python -m eclip.dataloading.pack",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -117,12 +117,11 @@ PRESETS: dict[PresetName, RunConfig] = {
 
 DISPOSABLE_RUNS = (PRESETS["debug"].run_dir,)
 """Run folders whose earlier run is replaced without --overwrite: those of presets that train nothing worth keeping."""
-_PROGRAM = "python -m eclip.train"
 _RULE = re.compile("───|---")
 _SETTINGS = (RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig)
 
 
-def parse(argv: Sequence[str] | None = None) -> RunConfig:
+def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.train") -> RunConfig:
     """Read flags (default: sys.argv) over the preset they name (default: demo).
 
     Flags are flat: `--global-batch-size 128 --objective clip --image-weights vit.safetensors`. Raises SystemExit: 0 for
@@ -135,7 +134,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
         _check_values(arguments)
         config, unknown = tyro.cli(
             RunConfig,
-            prog=_PROGRAM,
+            prog=prog,
             description="Train ECLIP. --preset is read first, every other flag overrides its value.",
             args=arguments,
             default=PRESETS[_preset_name(arguments)],
@@ -143,7 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
             return_unknown_args=True,
         )
         if unknown:
-            raise ValueError(_unknown(unknown[0], arguments))
+            raise ValueError(_unknown(unknown[0], arguments, prog))
     return config
 
 
@@ -205,20 +204,20 @@ def _opposite(switch: str) -> str:
     return switch.replace("--no-", "--") if switch.startswith("--no-") else switch.replace("--", "--no-", 1)
 
 
-def _unknown(argument: str, arguments: Sequence[str]) -> str:
+def _unknown(argument: str, arguments: Sequence[str], prog: str) -> str:
     """An argument that is no setting, and the flags that look like it."""
     if not argument.startswith("-"):
         before = arguments[max(0, arguments.index(argument) - 1)]
         if before in _switches():
             return _takes_no_value(before, argument)
-        return f"{argument}: no flag stands before it; {_PROGRAM} --help lists them"
+        return f"{argument}: no flag stands before it; {prog} --help lists them"
     name = argument.lstrip("-").partition("=")[0].replace("_", "-")
     known = [field.name.replace("_", "-") for kind in _SETTINGS for field in dataclasses.fields(kind)]
     near = [setting for setting in known if name in setting] or get_close_matches(name, known)
     if name == "device":
         return "--device: no such flag: training takes the GPUs it finds (CUDA_VISIBLE_DEVICES chooses), else the CPU"
     hint = f"did you mean {' or '.join(map(flag, near[:3]))}? " if near else ""
-    return f"--{name}: no such flag; {hint}{_PROGRAM} --help lists them"
+    return f"--{name}: no such flag; {hint}{prog} --help lists them"
 
 
 def _preset_name(arguments: Sequence[str]) -> PresetName:

@@ -47,12 +47,12 @@ def train(
         return trainer.run(sinks if ranks.is_main else (), signals)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.train") -> int:
     """Train and, at the end, evaluate. Returns the exit status: 0, 1 for an error, 128 + N after signal N.
 
     A run that stopped by request under torchrun --max-restarts ends with 0 too: anything else starts it again.
     """
-    config = once(lambda: parse(argv))
+    config = once(lambda: parse(argv, prog=prog))
     watch, unfinished = None, "stopped before the first step, nothing to save"
     with StopSignals(repeated_by_launcher=has_launcher()) as stop:
         try:

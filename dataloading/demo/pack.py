@@ -176,10 +176,10 @@ def _workers(workers: int, plan: Plan) -> Iterator[Callable[[list[int]], Iterabl
         pool.shutdown(cancel_futures=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.dataloading.demo") -> None:
     """Command line of `pack_demo`."""
     parser = Parser(
-        prog="python -m eclip.dataloading.demo",
+        prog=prog,
         description="Write the embedded catalogue (172 CC0 products) as train, val and test shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,9 +40,9 @@ class Arguments:
     """No progress bars."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.evaluate") -> None:
     with one_line_errors():
-        arguments = tyro.cli(Arguments, prog="python -m eclip.evaluate")
+        arguments = tyro.cli(Arguments, prog=prog, args=argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # keys and titles may hold what the terminal has not
