@@ -5,6 +5,7 @@ import torch
 from eclip.config import RunConfig
 from eclip.dataloading.loader import ProductLoader
 from eclip.model.eclip import ECLIP
+from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import Ranks
 from eclip.training.feature_cache.cache import FeatureCache, cache_folder
 from eclip.training.prepare import Prepared
@@ -26,9 +27,7 @@ def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
         model.image_encoder.requires_grad_(False)
     if config.lock_text:
         model.text_encoder.requires_grad_(False)
-    if config.objective.objective == "clip":
-        for part in (model.queries, model.instance_decoder, model.matching_head):
-            part.requires_grad_(False)
+    make_objective(config.objective).lock_unused(model)
     return model
 
 

@@ -17,6 +17,7 @@ from eclip.dataloading.demo.pack import pack_demo
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.files import writing
+from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
 from eclip.presets import DISPOSABLE_RUNS, PRESETS
@@ -97,13 +98,7 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     if saved is not None:
         record, changed = ranks.from_main(lambda: _check_same_data(config.run_dir, record))
         notes += changed
-        checkpoint = find_checkpoint(config.run_dir, ranks)
-        assert checkpoint is not None
-        if "loader" not in checkpoint.state:  # an older version's, cut down by hand: this one's has a digest
-            raise ValueError(
-                f"{checkpoint.path / STATE}: does not say where the data stood; restore it from a copy, or remove the "
-                f"folder to take the checkpoint before"
-            )
+        checkpoint = _checkpoint_to_continue(config.run_dir, ranks)
         saved = _absolute(saved)
         _require_steps(config, checkpoint)
         if checkpoint.state["step"] == config.steps:
@@ -127,7 +122,7 @@ def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
 
 
 def _check_batch(config: RunConfig, ranks: Ranks) -> None:
-    size, queries = config.global_batch_size, config.model.num_queries
+    size = config.global_batch_size
     if size % ranks.world_size:
         raise ValueError(
             f"global_batch_size={size} does not divide over {ranks.world_size} ranks; "
@@ -138,11 +133,7 @@ def _check_batch(config: RunConfig, ranks: Ranks) -> None:
             f"--kernels reference compares on one rank, these are {ranks.world_size}; start without torchrun, or use "
             f"--kernels auto"
         )
-    if config.objective.objective == "eclip" and size < queries:
-        raise ValueError(
-            f"global_batch_size={size} cannot prompt {queries} queries with distinct products; "
-            f"set --global-batch-size to at least {queries} or lower --num-queries"
-        )
+    make_objective(config.objective).check_batch(size, config.model.num_queries)
 
 
 def _check_run_dir(config: RunConfig) -> RunConfig | None:
@@ -231,6 +222,18 @@ def _check_same_data(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, A
         if split in old and split in new and old[split] != new[split]
     )
     return {"data_dir": record["data_dir"], "fingerprints": {**new, **old}}, notes
+
+
+def _checkpoint_to_continue(run_dir: Path, ranks: Ranks) -> Found:
+    """The newest whole one of a run that has some. Raises ValueError when none is whole or the state is cut down."""
+    checkpoint = find_checkpoint(run_dir, ranks)
+    assert checkpoint is not None
+    if "loader" not in checkpoint.state:  # an older version's, cut down by hand: this one's has a digest
+        raise ValueError(
+            f"{checkpoint.path / STATE}: does not say where the data stood; restore it from a copy, or remove the "
+            f"folder to take the checkpoint before"
+        )
+    return checkpoint
 
 
 def _require_steps(config: RunConfig, checkpoint: Found) -> None:

@@ -6,12 +6,14 @@ one, and ranks change nothing but the speed.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from eclip.dataloading.schema import Batch
 from eclip.dataloading.system.console import say
+from eclip.objectives.objective import make_objective
 from eclip.parallel.ending import say_stopped
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.sharding import shard
@@ -37,8 +39,7 @@ class Trainer:
             load_locked_towers(checkpoint.path, model)  # the cache is that of the run's towers
         self.model = model.to(ranks.device)
         self.cache = open_cache(self.model, prepared, ranks)
-        eclip = self.config.objective.objective == "eclip"
-        self.momentum = make_momentum(self.model) if eclip else None
+        self.momentum = make_momentum(self.model) if make_objective(self.config.objective).needs_momentum else None
         self.step_module = TrainStep(self.model, self.momentum, self.config, ranks).train()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -48,18 +49,24 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loader = make_loader(prepared, ranks)
-        self.step = self.saved_step = 0
-        """Steps done, and those of them that the newest checkpoint holds."""
+        self.step = self.first_step = 0
+        """Steps done, and those that were done when this process began."""
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint.path, self.model, self.momentum, self.optimizer, ranks)
-            self.loader.load_state_dict(state["loader"])
-            self.step = self.saved_step = state["step"]
+            self._load(checkpoint.path)
         prepared.commit(ranks)
-        if checkpoint is not None:
-            self._say(f"resumed at step {self.step} from {checkpoint.path}")
+        self._say_where_it_starts()
+
+    def _load(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, self.model, self.momentum, self.optimizer, self.ranks)
+        self.loader.load_state_dict(state["loader"])
+        self.step = self.first_step = state["step"]
+
+    def _say_where_it_starts(self) -> None:
+        if self.prepared.checkpoint is not None:
+            self._say(f"resumed at step {self.step} from {self.prepared.checkpoint.path}")
         elif self.config.resume:
             self._say(f"--resume: no checkpoint in {self.config.run_dir}, starting at step 0")
-        for note in prepared.notes:
+        for note in self.prepared.notes:
             self._say(note)
 
     def save(self) -> None:
@@ -110,7 +117,7 @@ class Trainer:
 
     def _stop(self, signum: int) -> None:
         """Save what no checkpoint holds yet, and say how to continue."""
-        written = self.step > self.saved_step
+        written = self.step > self.first_step
         if written:
             self.save()
         if self.step == 0:

@@ -1,6 +1,7 @@
 """What the tests of starts and resumes share: a small run, and a refusal that must change nothing."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def make_run(data_dir: Path, run_dir: Path) -> Path:
     """A run of 2 steps with checkpoints of both."""
     assert train(make_config(data_dir, run_dir, checkpoint_every=1), ALONE)
     return run_dir
+
+
+def metrics_lines(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def copy_run(finished: Path, run_dir: Path) -> Path:

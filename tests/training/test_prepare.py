@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import eclip.training.prepare
-import eclip.training.run_folder
 from eclip.dataloading.packing.shard_swap import replace_shards
 from eclip.dataloading.system.lock import alone
 from eclip.model.eclip import ECLIP
@@ -24,30 +23,12 @@ from eclip.training.prepare import prepare
 from eclip.training.run_folder import read_config
 from tests.dataloading.fixtures import make_split
 from tests.helpers import file_size_limit
-from tests.training.run_folders import ALONE, assert_refused, contents, copy_run, make_config, make_data, make_run
+from tests.training.run_folders import ALONE, assert_refused, contents, make_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eclip.training.run_folder, "_LOCK_PATIENCE", 0.0)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be written to."""
-    return make_run(data_dir, tmp_path_factory.mktemp("runs") / "finished")
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    return copy_run(finished, tmp_path / "run")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.usefixtures("no_patience"),
+]
 
 
 @pytest.mark.parametrize(
@@ -271,3 +252,16 @@ def test_a_stop_while_the_catalogue_is_packed_stays_one(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="what was there before is as it was") as stop, replace_shards(tmp_path):
         raise Stopped(signal.SIGTERM)
     assert stop.value.signum == signal.SIGTERM
+
+
+def test_only_a_demo_presets_own_folder_is_packed(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[Path] = []
+    monkeypatch.setattr(eclip.training.prepare, "pack_demo", lambda folder, **settings: packed.append(folder))
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    shutil.copytree(data_dir, "data/debug")
+    assert train(make_config(Path("data/debug"), tmp_path / "a", steps=1), ALONE)
+    assert train(make_config(data_dir, tmp_path / "b", steps=1), ALONE)
+    assert packed == [Path("data/debug")]

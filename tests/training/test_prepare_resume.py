@@ -13,37 +13,18 @@ import torch
 
 import eclip.training.build
 import eclip.training.prepare
-import eclip.training.run_folder
 from eclip.presets import PRESETS
 from eclip.train import CannotStart, train
 from eclip.training.checkpoint import load_run
 from eclip.training.checkpoint_files import list_checkpoints
 from eclip.training.run_folder import read_config
 from tests.dataloading.fixtures import make_split
-from tests.training.run_folders import ALONE, assert_refused, contents, copy_run, make_config, make_data, make_run
+from tests.training.run_folders import ALONE, assert_refused, contents, make_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eclip.training.run_folder, "_LOCK_PATIENCE", 0.0)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be written to."""
-    return make_run(data_dir, tmp_path_factory.mktemp("runs") / "finished")
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    return copy_run(finished, tmp_path / "run")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.usefixtures("no_patience"),
+]
 
 
 @pytest.mark.parametrize(

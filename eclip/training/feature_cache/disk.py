@@ -1,4 +1,4 @@
-"""What feature_file.py asks of a disk: room before the work, locks that die with their holder, no half array."""
+"""What file.py asks of a disk: room before the work, locks that die with their holder, no half array."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""A small array to fill, without torch: what processes of test_feature_file.py start with."""
+"""A small array to fill, without torch: what processes of test_file.py start with."""
 
 from pathlib import Path
 
