@@ -1,4 +1,4 @@
-"""From a score map to a box: a thresholded region, or the best of given proposals.
+"""Boxes: from a score map to one (a thresholded region, or the best of given proposals), and their overlap.
 
 Letters: S side of the square image in pixels, g patches along a side, N = g*g, P proposals. Boxes are x0, y0, x1, y1
 in pixels of the S x S image, half-open; the images were squashed to that square, and IoU does not change under it.
@@ -84,3 +84,16 @@ def score_boxes(picture: Array, boxes: Array) -> Array:
     covariance = inside / picture.size - share * picture.mean()
     spread = np.sqrt(share * (1 - share)) * picture.std()
     return np.where(spread > 0, covariance / np.where(spread > 0, spread, 1), 0.0)
+
+
+def box_iou(a: Array, b: Array) -> Array:
+    """Intersection over union of boxes x0, y0, x1, y1 (half-open). a, b: (..., 4), broadcast. Returns (...).
+
+    Raises ValueError for NaN and infinity.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("a box is not finite: its overlap is undefined")
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    common = np.clip(high - low, 0, None).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - common
+    return common / np.maximum(union, 1e-12)

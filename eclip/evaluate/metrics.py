@@ -127,16 +127,3 @@ def count_positives(query_labels: NDArray[np.int64], gallery_labels: NDArray[np.
     labels, counts = np.unique(gallery_labels, return_counts=True)
     at = np.clip(np.searchsorted(labels, query_labels), 0, max(len(labels) - 1, 0))
     return np.where(labels[at] == query_labels, counts[at], 0) if len(labels) else np.zeros(len(query_labels), np.int64)
-
-
-def box_iou(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intersection over union of boxes x0, y0, x1, y1 (half-open). a, b: (..., 4), broadcast. Returns (...).
-
-    Raises ValueError for NaN and infinity.
-    """
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("a box is not finite: its overlap is undefined")
-    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
-    common = np.clip(high - low, 0, None).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - common
-    return common / np.maximum(union, 1e-12)

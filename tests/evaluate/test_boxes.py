@@ -1,10 +1,12 @@
-"""Score maps to boxes: regions, proposals and their ranking."""
+"""Score maps to boxes: regions, proposals and their ranking; overlap."""
+
+import math
 
 import numpy as np
+import pytest
 import torch
 
-from eclip.evaluate.boxes import contains, peak, pixel_map, random_boxes, region_box, score_boxes
-from eclip.evaluate.metrics import box_iou
+from eclip.evaluate.boxes import box_iou, contains, peak, pixel_map, random_boxes, region_box, score_boxes
 
 
 def painted(*boxes: tuple[int, int, int, int, float]) -> np.ndarray:
@@ -58,3 +60,17 @@ def test_random_boxes_are_inside_and_repeatable() -> None:
     assert (boxes != random_boxes(8, 96)).all()
     assert (boxes >= 0).all() and (boxes <= 96).all() and (boxes[:, 2:] > boxes[:, :2]).all()
     assert 0 < box_iou(boxes, np.array([24.0, 24, 72, 72])).mean() < 0.5
+
+
+def test_box_iou_by_hand() -> None:
+    truth = np.array([0.0, 0, 10, 10])
+    boxes = np.array([[0.0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10], [2, 2, 4, 4]])
+    np.testing.assert_allclose(box_iou(boxes, truth), [1, 1 / 3, 0, 0.04])
+
+
+def test_box_iou_of_a_box_that_is_not_finite_is_refused() -> None:
+    good, bad = np.array([0.0, 0, 10, 10]), np.array([[0.0, 0, math.nan, 10]])
+    for a, b in ((good, bad), (bad, good), (good, np.full(4, np.inf))):
+        with pytest.raises(ValueError, match="a box is not finite"):
+            box_iou(a, b)
+    assert box_iou(np.zeros(4), np.zeros(4)) == 0

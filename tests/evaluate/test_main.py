@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eclip.evaluate.evaluator as evaluator_module
 import eclip.evaluate.run as run_module
 from eclip.evaluate import __main__ as command
 from eclip.parallel.ranks import Ranks
@@ -149,8 +150,8 @@ def test_a_cut_tar_is_no_heap_of_corrupt_images(
     if when == "before":
         cut()
     else:
-        rows = run_module.choose_rows
-        monkeypatch.setattr(run_module, "choose_rows", lambda index, limit: (rows(index, limit), cut())[0])
+        rows = evaluator_module.choose_rows
+        monkeypatch.setattr(evaluator_module, "choose_rows", lambda index, limit: (rows(index, limit), cut())[0])
     written = {path: path.stat().st_mtime_ns for path in run.glob("evaluation*")}
     with pytest.raises(SystemExit, match=rf"^error: .*{re.escape(str(tar))}: .*truncated") as stop:
         evaluate(monkeypatch, "--checkpoint", run, "--data-dir", shop)

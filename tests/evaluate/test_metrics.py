@@ -9,7 +9,6 @@ import torch
 
 from eclip.evaluate.metrics import (
     average_precision,
-    box_iou,
     chance_scores,
     count_positives,
     expected_average_precision,
@@ -127,20 +126,6 @@ def test_scores_without_a_positive_are_refused_instead_of_nan() -> None:
         retrieval_scores(eye, eye[:0], np.arange(3), empty, average=True)
 
 
-def test_box_iou_of_a_box_that_is_not_finite_is_refused() -> None:
-    good, bad = np.array([0.0, 0, 10, 10]), np.array([[0.0, 0, math.nan, 10]])
-    for a, b in ((good, bad), (bad, good), (good, np.full(4, np.inf))):
-        with pytest.raises(ValueError, match="a box is not finite"):
-            box_iou(a, b)
-    assert box_iou(np.zeros(4), np.zeros(4)) == 0
-
-
 def test_count_positives() -> None:
     np.testing.assert_array_equal(count_positives(np.array([5, 1, 9]), np.array([1, 5, 5, 2])), [2, 1, 0])
     np.testing.assert_array_equal(count_positives(np.array([5]), np.array([], dtype=np.int64)), [0])
-
-
-def test_box_iou_by_hand() -> None:
-    truth = np.array([0.0, 0, 10, 10])
-    boxes = np.array([[0.0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10], [2, 2, 4, 4]])
-    np.testing.assert_allclose(box_iou(boxes, truth), [1, 1 / 3, 0, 0.04])

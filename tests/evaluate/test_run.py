@@ -1,167 +1,25 @@
-"""The whole evaluation on a made-up catalogue of coloured squares and a model that knows colours.
+"""The whole evaluation on the catalogue of colours: which tables, which files, in which order."""
 
-The stub model has ECLIP's methods; its embeddings are colours, so that what each row must score is known.
-"""
-
-import functools
-import io
+import errno
 import json
 import math
-import operator
+import os
+import pkgutil
 import re
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import eclip.evaluate.inputs as inputs_module
 import eclip.evaluate.run as run_module
-from eclip.config import DataConfig, RunConfig
-from eclip.dataloading.pipeline import decode_square
-from eclip.dataloading.schema import SOURCES, ImageRecord, Instance, Product
-from eclip.evaluate.features import decoder_is_trained
-from eclip.evaluate.run import evaluate_run
-from eclip.model.settings import ModelConfig
-from eclip.objectives.settings import ObjectiveConfig
-
-SIZE, PATCH = 64, 8
-COLOURS = {
-    "red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255),
-    "yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255),
-}  # fmt: skip
-WARM = ("red", "yellow", "magenta")
-NAMES = list(COLOURS)
-
-
-def direction(name: str) -> torch.Tensor:
-    return torch.tensor(COLOURS[name]).float() / 127.5 - 1
-
-
-class Catalogue:
-    """Six products, one colour each, three images: the surface of a ShardIndex. Images are stored at 128 x 64."""
-
-    def __init__(self, *, boxes: bool = True, corrupt: int | None = None, only_detail: bool = False) -> None:
-        self.products, self.files = [], []
-        for p, name in enumerate(NAMES):
-            other = NAMES[(p + 1) % len(NAMES)]
-            category = "warm" if name in WARM else "cold"
-            records = []
-            for i, source in enumerate(SOURCES):
-                picture = np.full((64, 128, 3), 127, np.uint8)
-                own = (16, 8, 112, 56) if source == "detail" else (64, 16, 112, 48)
-                seen = [(name, own)] if source == "detail" else [(name, own), (other, (0, 0, 48, 64))]
-                for colour, (x0, y0, x1, y1) in seen:
-                    picture[y0:y1, x0:x1] = COLOURS[colour]
-                stream = io.BytesIO()
-                Image.fromarray(picture).save(stream, "JPEG", quality=95, subsampling=0)
-                self.files.append(stream.getvalue())
-                found = tuple(Instance(product=n, sku=n, box=b) for n, b in seen)
-                records.append(
-                    ImageRecord(
-                        file=f"{i:03d}.jpg", source="detail" if only_detail else source, title=f"{name} {category}",
-                        width=128, height=64, instances=found if boxes else (),
-                    )
-                )  # fmt: skip
-            attributes = {"type": name, "unseen_type": p == 0} if boxes else {}
-            self.products.append(
-                Product(
-                    key=name, product=name, title=name, category=category, attributes=attributes, images=tuple(records)
-                )
-            )
-        if corrupt is not None:
-            self.files[corrupt] = b"no picture"
-        self.num_products, self.num_images = len(self.products), len(self.files)
-        self.fingerprint = "0123456789abcdef"
-        self.image_start = np.arange(0, self.num_images + 1, 3)
-        records = [r for product in self.products for r in product.images]
-        self.image_source = np.array([SOURCES.index(r.source) for r in records], np.uint8)
-        self.titles = [r.title for r in records]
-        self.title_ids = np.array([self.titles.index(t) for t in self.titles])
-        self.categories = ["cold", "warm"]
-        self.category_ids = np.array([self.categories.index(product.category) for product in self.products])
-
-    def title(self, row: int) -> str:
-        return self.titles[row]
-
-    def image_key(self, row: int) -> str:
-        return f"{NAMES[row // 3]}/{row % 3:03d}.jpg"
-
-    def read_image(self, row: int) -> bytes:
-        return self.files[row]
-
-    def product(self, p: int) -> Product:
-        return self.products[p]
-
-
-class Words:
-    """A tokenizer of colour words; other words, and category names, vanish."""
-
-    def encode(self, texts: list[str], max_tokens: int = 55) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = [[NAMES.index(w) for w in text.split() if w in COLOURS] for text in texts]
-        lengths = torch.tensor([0] + [len(t) for t in tokens])
-        return torch.tensor(functools.reduce(operator.iadd, tokens, []), dtype=torch.int64), lengths.cumsum(0).int()
-
-
-class Colours(torch.nn.Module):
-    """Features are colours; the decoder shares patches out between the prompt, its opposite and nothing."""
-
-    def scale(self) -> torch.Tensor:
-        return torch.tensor(0.0)
-
-    def image_tower(self, images: torch.Tensor) -> torch.Tensor:
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE)
-        patches = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, PATCH).flatten(2).mT
-        return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
-
-    def project_image(self, tower: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(cls=tower[:, 0], tokens=tower[:, 1:])
-
-    def encode_text(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        table = torch.stack([direction(name) for name in NAMES])
-        ends = cu_seqlens.tolist()
-        return torch.stack([table[tokens[a:b]].sum(0) for a, b in zip(ends, ends[1:], strict=False)])
-
-    def instance_queries(self, prompt: torch.Tensor, modality: int) -> torch.Tensor:
-        return torch.stack([prompt, -prompt, torch.zeros_like(prompt)], dim=1)
-
-    def decode_queries(
-        self, tokens: torch.Tensor, queries: torch.Tensor, *, return_map: bool = False
-    ) -> SimpleNamespace:
-        logits = torch.einsum("btd,bnd->btn", queries, tokens)
-        logits[:, 0] -= 2  # a colour's product with itself is 3, with its neighbours on the cube 1
-        assignment = (8 * logits).softmax(1)
-        weights = assignment / assignment.sum(-1, keepdim=True)
-        return SimpleNamespace(slots=weights @ tokens, assignment=assignment)
-
-
-def prepare(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    test: Catalogue,
-    val: Catalogue | None,
-    *,
-    locked: bool = False,
-    **objective: object,
-) -> Path:
-    config = RunConfig(
-        lock_image=locked, cache_features=locked,
-        model=ModelConfig(image_size=SIZE, patch_size=PATCH), data=DataConfig(data_dir=tmp_path),
-        objective=ObjectiveConfig(**objective),  # type: ignore[arg-type]
-    )  # fmt: skip
-    (tmp_path / "config.json").write_text(config.to_json())
-
-    def open_split(data_dir: Path, split: str) -> Catalogue:
-        if split == "val" and val is None:
-            raise ValueError("no val-000000.tar")
-        return val if split == "val" else test
-
-    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device: (Colours(), config, Words()))
-    monkeypatch.setattr(inputs_module, "ShardIndex", SimpleNamespace(open=open_split))
-    return tmp_path
+import eclip.evaluate.tasks
+from eclip.evaluate.report.sheet import Overlay
+from eclip.evaluate.report.tables import Table
+from eclip.evaluate.run import TASKS, evaluate_run
+from eclip.files import CannotWrite
+from tests.evaluate.colours import Catalogue, prepare
 
 
 def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +91,44 @@ def test_clip_run_has_no_instance_rows(
     assert "instance rows: absent" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changed", "trained"),
+    [
+        ({}, True),
+        ({"inter_weight": 0.0, "itm_weight": 0.5, "intra_weight": 0.0}, True),
+        ({"inter_weight": 0.0, "itm_weight": 0.0, "intra_weight": 0.0}, False),
+        ({"objective": "clip"}, False),
+    ],
+)
+def test_a_decoder_that_no_loss_reached_is_untrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], trained: bool
+) -> None:
+    result = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), Catalogue(), **changed), progress=False)
+    assert result["decoder_trained"] is trained
+    assert ("instance" in result["tables"]["grounding"]["rows"]) is trained
+
+
+def test_every_file_of_tasks_is_a_task() -> None:
+    files = {module.name for module in pkgutil.iter_modules(eclip.evaluate.tasks.__path__)}
+    assert files == {task.__module__.rpartition(".")[2] for task in TASKS} and len(files) == len(TASKS)
+
+
+def test_a_new_task_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sizes(evaluator: object, split: run_module.Split) -> Iterator[tuple[str, Table | str | list[Overlay]]]:
+        rows = {source: {"share": float(np.mean(split.features.sources == source))} for source in ("detail", "ad")}
+        yield "sizes", Table(title="images by source", rows=rows, counts={"images": len(split.features)})
+        yield "colours", "nobody asked"
+
+    monkeypatch.setattr(run_module, "TASKS", (*TASKS, sizes))
+    result = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), Catalogue()), progress=False)
+    assert list(result["tables"])[-1] == "sizes" and result["skipped"] == {"colours": "nobody asked"}
+    printed = capsys.readouterr().out
+    assert re.search(r"images by source \(18 images\)\n +share\ndetail +33\.3\n", printed)
+    assert "skipped colours: nobody asked" in printed
+
+
 def test_catalogue_without_boxes_or_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,23 +146,6 @@ def test_catalogue_without_boxes_or_sources(
     assert "skipped grounding: no customer or ad image" in capsys.readouterr().out
 
 
-def test_without_val_split_the_threshold_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = prepare(tmp_path, monkeypatch, Catalogue(), None)
-    table = evaluate_run(run, progress=False)["tables"]["grounding"]
-    assert table["settings"]["thresholds"] == {"instance": 0.5, "global": 0.5} and "no val split" in table["note"]
-
-
-def test_corrupt_image_is_left_out_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = prepare(tmp_path, monkeypatch, Catalogue(corrupt=4), Catalogue())
-    result = evaluate_run(run, batch_size=1, progress=False, threshold=0.4)
-    assert result["images"] == 17 and len(result["corrupt"]) == 1
-    assert "lime/001.jpg" in capsys.readouterr().out
-    assert result["tables"]["product_retrieval"]["counts"]["queries"] == 5
-    assert result["tables"]["grounding"]["settings"]["thresholds"]["instance"] == 0.4
-
-
 def test_limit_takes_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue())
     result = evaluate_run(run, progress=False, limit=2, split="other")
@@ -278,40 +157,45 @@ def test_limit_takes_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         evaluate_run(run, progress=False, threshold=3)
 
 
-def test_images_without_a_record_are_no_grounding_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalogue = Catalogue()
-    catalogue.products = [replace(p, images=p.images[:2]) for p in catalogue.products]
-    run = prepare(tmp_path, monkeypatch, catalogue, Catalogue())
-    assert evaluate_run(run, progress=False)["tables"]["grounding"]["counts"] == {"images": 6}
-
-
-def test_cached_tower_outputs_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Cache:
-        @classmethod
-        def build_or_open(cls, cache_dir: Path, model: Colours, index: Catalogue, *rest: object, **options: object):
-            asked.append(cache_dir)
-            images = torch.stack([decode_square(index.read_image(row), SIZE) for row in range(index.num_images)])
-            outputs = model.image_tower(images)
-            return SimpleNamespace(tower_outputs=lambda rows: outputs[torch.from_numpy(rows)], undecodable={})
-
-    direct = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), Catalogue()), progress=False)
-    run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue(), locked=True)
-    monkeypatch.setattr(run_module, "FeatureCache", Cache)
-    cached = evaluate_run(run, batch_size=4, progress=False)
-    assert asked == [tmp_path / "features"] * 2
-    assert cached["tables"] == direct["tables"]
-
-
-def test_a_decoder_that_no_loss_reached_is_untrained() -> None:
-    weights = {"inter_weight": 0.0, "itm_weight": 0.0, "intra_weight": 0.0}
-    assert decoder_is_trained(RunConfig())
-    assert decoder_is_trained(RunConfig(objective=ObjectiveConfig(**(weights | {"itm_weight": 0.5}))))
-    assert not decoder_is_trained(RunConfig(objective=ObjectiveConfig(**weights)))
-    assert not decoder_is_trained(RunConfig(objective=ObjectiveConfig(objective="clip")))
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_smallest_split_has_no_undefined_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    result = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), None), progress=False, limit=limit)
+    assert not [name for name, table in result["tables"].items() if "undefined" in table]
 
 
 def test_missing_run_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no run here \(config.json is missing\)"):
         evaluate_run(tmp_path / "nowhere")
+
+
+def test_tables_are_printed_before_a_full_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue())
+    evaluate_run(run, progress=False)
+    before = (run / "evaluation.json").read_bytes()
+    capsys.readouterr()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotWrite, match=r"evaluation.json: cannot be written \(No space left on device"):
+        evaluate_run(run, progress=False, threshold=0.2)
+    assert "product retrieval, same product" in capsys.readouterr().out
+    assert (run / "evaluation.json").read_bytes() == before
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue())
+
+    def gone(*arguments: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(run_module, "_print_tables", gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate_run(run, progress=False)
+    assert json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["tables"]

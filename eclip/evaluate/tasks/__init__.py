@@ -1,1 +1,1 @@
-"""What is measured: one task a file."""
+"""What is measured: one task a file, each with `run(evaluator, split)`; run.py names them in their order."""

@@ -1,6 +1,6 @@
 """Zero-shot classification: the class whose name, put into prompt templates, is most similar to the embedding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,12 +9,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eclip.dataloading.text import WordPiece
-from eclip.evaluate.features import Features, encode_texts
+from eclip.evaluate.evaluator import Evaluator, Outcome, Split
+from eclip.evaluate.extraction import encode_texts
+from eclip.evaluate.features import Features
 from eclip.evaluate.report.tables import Table
 from eclip.model.eclip import ECLIP
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "{} for sale", "a product photo: {}")
 """A class's feature is the mean of its normalised template features, normalised again (CLIP's prompt ensemble)."""
+
+
+def run(evaluator: Evaluator, split: Split) -> Iterator[tuple[str, Outcome]]:
+    """Category and, where attributes have it, type (head noun), among the names that occur in these images."""
+    kinds = {
+        "category": [product.category for product in split.products()],
+        "type": [str(product.attributes.get("type") or "") for product in split.products()],
+    }
+    for kind, found in kinds.items():
+        names = sorted(set(found) - {""})
+        if len(names) < 2:
+            yield f"classification_{kind}", f"{len(names)} different {kind} names in this split, at least 2 are needed"
+            continue
+        classes = class_features(
+            evaluator.model,
+            evaluator.tokenizer,
+            names,
+            max_tokens=evaluator.config.data.max_tokens,
+            device=evaluator.device,
+        )
+        labels = np.array([names.index(name) if name else -1 for name in found])
+        yield f"classification_{kind}", classify(split.features, classes, labels, title=f"zero-shot {kind}")
 
 
 def class_features(

@@ -9,24 +9,54 @@ Four questions to each score map (see `Features.score_maps`), none of which uses
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import ImageRecord, Instance
-from eclip.evaluate.boxes import Array, contains, peak, pixel_map, random_boxes, region_box, score_boxes
+from eclip.dataloading.shards import ShardIndex
+from eclip.evaluate.boxes import Array, box_iou, contains, peak, pixel_map, random_boxes, region_box, score_boxes
+from eclip.evaluate.evaluator import Evaluator, Outcome, Split
 from eclip.evaluate.features import Features
-from eclip.evaluate.metrics import box_iou
+from eclip.evaluate.inputs import NoSplit
+from eclip.evaluate.report.sheet import Overlay
 from eclip.evaluate.report.tables import Table
 
 SOURCES = ("customer", "ad")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 DEFAULT_THRESHOLD = 0.5
+NUM_OVERLAYS = 12
 
 Scores = dict[str, dict[str, Array]]
 """Row of the table -> metric -> (n,) value of each image."""
+
+
+def run(evaluator: Evaluator, split: Split) -> Iterator[tuple[str, Outcome]]:
+    """The table of all images, that of products of unseen type where there are some, and overlays of a few images."""
+    size = evaluator.config.model.image_size
+    records = split.records()
+    keep = np.array([can_ground(record) for record in records])
+    if not keep.any():
+        yield "grounding", "no customer or ad image with a known size and box in this split"
+        return
+    features = split.features.select(keep)
+    asked = [record for record in records if can_ground(record)]
+    scenes = [make_scene(r, row=int(row), size=size) for r, row in zip(asked, features.rows, strict=True)]
+
+    thresholds, mean_box, note = _calibrate(evaluator, split.name)
+    scores = score_scenes(features, scenes, size, thresholds, mean_box)
+    everything = np.ones(len(scenes), dtype=bool)
+    table = grounding_table(scores, everything, title="grounding by title", thresholds=thresholds)
+    table.note = note
+    yield "grounding", table
+    unseen = split.unseen_type()[keep]
+    if unseen.any():
+        title = "grounding by title, products whose head noun was not in training"
+        yield "grounding_unseen_type", grounding_table(scores, unseen, title=title, thresholds=thresholds)
+    yield "grounding", _draw_some(split.index, features, scenes, size, thresholds)
 
 
 @dataclass(kw_only=True)
@@ -114,6 +144,64 @@ def grounding_table(scores: Scores, keep: NDArray[np.bool_], *, title: str, thre
     """Mean over the images of `keep` (n,)."""
     rows = {row: {m: float(values[keep].mean()) for m, values in metrics.items()} for row, metrics in scores.items()}
     return Table(title=title, rows=rows, counts={"images": int(keep.sum())}, settings={"thresholds": dict(thresholds)})
+
+
+def _calibrate(evaluator: Evaluator, split: str) -> tuple[dict[str, float], tuple[float, float], str]:
+    """Thresholds by score map and the centre prior's box, both from the VAL split, and a note on where from."""
+    names = ("instance", "global")
+    size, threshold = evaluator.config.model.image_size, evaluator.threshold
+    fixed = DEFAULT_THRESHOLD if threshold == "auto" else threshold
+    found = _val_scenes(evaluator)
+    if isinstance(found, str):
+        note = f"thresholds {fixed} as given, centre box half the side: {found}."
+        return dict.fromkeys(names, fixed), (size / 2, size / 2), note
+    index, rows, scenes = found
+    sides = np.mean([scene.truth[2:] - scene.truth[:2] for scene in scenes], axis=0)
+    mean_box = (float(sides[0]), float(sides[1]))
+    if threshold != "auto":
+        return dict.fromkeys(names, fixed), mean_box, f"thresholds {fixed} as given."
+    features, _ = evaluator.features(index, rows, "val features")
+    place = {int(row): i for i, row in enumerate(rows)}
+    thresholds = choose_thresholds(features, [scenes[place[int(row)]] for row in features.rows], size)
+    listed = ", ".join(f"{name} {value}" for name, value in thresholds.items())
+    same = " (the split that is reported here)" if split == "val" else ""
+    return thresholds, mean_box, f"thresholds chosen on {len(features)} val images{same}: {listed}."
+
+
+def _val_scenes(evaluator: Evaluator) -> tuple[ShardIndex, NDArray[np.int64], list[Scene]] | str:
+    """The val split's index, its images that can be grounded and their scenes, or why there are none."""
+    try:
+        index = evaluator.catalogue.open("val")
+    except NoSplit as error:
+        return f"no val split to choose from ({error})"
+    rows: list[int] = []
+    scenes: list[Scene] = []
+    for position in range(index.num_products):
+        for row, record in enumerate(index.product(position).images, start=int(index.image_start[position])):
+            if can_ground(record):
+                rows.append(row)
+                scenes.append(make_scene(record, row=row, size=evaluator.config.model.image_size))
+    return (index, np.array(rows, dtype=np.int64), scenes) if rows else "the val split has no boxes"
+
+
+def _draw_some(
+    index: ShardIndex, features: Features, scenes: Sequence[Scene], size: int, thresholds: Mapping[str, float]
+) -> list[Overlay]:
+    """At most NUM_OVERLAYS images, evenly spread, so that nobody picks the pictures."""
+    overlays = []
+    for place in np.unique(np.linspace(0, len(scenes) - 1, min(NUM_OVERLAYS, len(scenes))).round().astype(int)):
+        row = int(features.rows[place])
+        pictures = {name: pixel_map(maps[place], size) for name, maps in features.score_maps().items()}
+        overlays.append(
+            Overlay(
+                image=decode_square(index.read_image(row), size).permute(1, 2, 0).numpy(),
+                title=index.title(row),
+                truth=scenes[place].truth,
+                maps=pictures,
+                boxes={name: region_box(picture, thresholds[name]) for name, picture in pictures.items()},
+            )
+        )
+    return overlays
 
 
 def centre_prior(size: int, mean_box: tuple[float, float]) -> Array:

@@ -6,12 +6,31 @@ Image+text setting: each image comes with its own title, query and gallery alike
 find much: the "text only" row is that share.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from eclip.evaluate.evaluator import Evaluator, Outcome, Split
 from eclip.evaluate.features import Features
 from eclip.evaluate.metrics import chance_scores, count_positives, retrieval_scores
 from eclip.evaluate.report.tables import Table
+
+
+def run(evaluator: Evaluator, split: Split) -> Iterator[tuple[str, Outcome]]:
+    """Fine, fine for the queries whose type training has not seen (where the catalogue knows them), coarse."""
+    features, unseen = split.features, split.unseen_type()
+    fine = "product retrieval, same product"
+    yield "product_retrieval", product_retrieval(features, features.products, title=fine)
+    if unseen.any():
+        title = f"{fine}, products whose head noun was not in training"
+        yield (
+            "product_retrieval_unseen_type",
+            product_retrieval(features, features.products, title=title, keep=unseen),
+        )
+    categories = split.index.category_ids[features.products]
+    coarse = "product retrieval, same category"
+    yield "product_retrieval_coarse", product_retrieval(features, categories, title=coarse)
 
 
 def product_retrieval(
