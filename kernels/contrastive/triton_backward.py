@@ -10,7 +10,6 @@ made from that, without a product. No atomics; blocks are added in order. Equati
 contrastive_ops.py.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case, pointer_to
-from ..launch import LOG2E, gpu_generation, on_device_of
+from .. import launch
+from ..launch import LOG2E, on_device_of
 from .problem import Logits, Wanted
 from .triton_forward import as_kernels_read, underflows
-from .triton_kept import PLACE, rescale_kept
+from .triton_kept import rescale_kept
 from .triton_positives import triton_finish
 from .triton_tiles import (
     column_offsets,
@@ -247,7 +246,7 @@ def _gradient_block(
         if kept is not None:
             rescale_kept(kept, tensors, (*place, logits.offset), **choices)
         for online in _forms(kind, kept is not None):
-            options = _options(image.dtype, gpu_generation(image), kind, logits.bias is not None, online)
+            options = _options(image.dtype, launch.gpu_generation(image), kind, logits.bias is not None, online)
             grid = _grid(height, width, options)
             _contrastive_bwd_kernel[seldom_run(image, grid[0] * grid[1]) if online else grid](
                 *(image, text, logits.scale, logits.bias, *tensors),
@@ -285,47 +284,3 @@ def _accumulate(total: Tensor, block: Tensor, features: Tensor) -> None:
         torch.addmm(total, block, features, out_dtype=torch.float32, alpha=alpha, out=total)
     else:
         total.addmm_(block.float(), features.float(), alpha=alpha)
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles."""
-    for dtype, kind, match, bias in (
-        (torch.bfloat16, "both", False, False),
-        (torch.bfloat16, "both", True, False),
-        (torch.bfloat16, "both", True, True),
-        (torch.bfloat16, "rows", True, False),
-        (torch.bfloat16, "rows", True, True),
-        (torch.bfloat16, "sigmoid", False, True),
-        (torch.bfloat16, "sigmoid", True, True),
-        (torch.float16, "both", False, False),
-        (torch.float32, "both", True, True),
-        (torch.float32, "sigmoid", False, True),
-    ):
-        for generation in (8, 9, 10):
-            for online in (False,) if kind == "sigmoid" else (False, True):
-                yield _case(dtype, kind, match, bias, online, generation)
-
-
-def _case(dtype: torch.dtype, kind: str, match: bool, bias: bool, online: bool, generation: int) -> Case:
-    options = _options(dtype, generation, kind, bias, online)
-    pointers = dict.fromkeys(("image_ptr", "text_ptr", "block_ptr"), pointer_to(dtype))
-    pointers |= dict.fromkeys(("scale_ptr", "row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
-    pointers |= {} if kind == "sigmoid" else {"unsafe_ptr": "*i32"}
-    pointers |= {"bias_ptr": "*fp32"} if bias else {}
-    pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if match else {}
-    strides = ("image_stride", "text_stride", "block_stride")
-    words = [kind, *(word for word, told in (("ids", match), ("bias", bias)) if told)]
-    return Case(
-        name=f"contrastive_loss bwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
-        kernel=_contrastive_bwd_kernel,
-        types=pointers | dict.fromkeys((*strides, *PLACE, "dim"), "i32"),
-        constants=dict.fromkeys(("bias_ptr", "row_code_ptr", "col_code_ptr", "unsafe_ptr"))
-        | {"KIND": kind, "ONLINE": online, "MATCH": match, "HAS_BIAS": bias, "SUMS": bias}
-        | {"FACTOR": _block_factor(dtype)}
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=(*pointers, *strides, "first_row", "first_col", "dim"),
-        options={key: value for key, value in options.items() if not key.isupper()},
-        generation=generation,
-        tensor_core=dtype != torch.float32,
-        latest=dtype != torch.float32,
-    )

@@ -11,7 +11,6 @@ maximum; else its programs, a few a multiprocessor, return at once. The host nev
 arguments are those of contrastive_ops.py.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case, pointer_to
-from ..launch import LOG2E, gpu_generation, on_device_of
+from .. import launch
+from ..launch import LOG2E, on_device_of
 from .problem import Logits
 from .triton_positives import triton_target
 from .triton_sums import add_up_parts, finite, log_of_sum
@@ -219,7 +218,7 @@ def _add_up(logits: Logits, row_stat: Tensor, col_stat: Tensor, kept: Tensor | N
     image, text, kind, online = logits.image, logits.text, logits.kind, unsafe is not None
     (num_rows, dim), num_cols = image.shape, text.shape[0]
     options = _options(
-        *(image.dtype, gpu_generation(image), kind, logits.mode),
+        *(image.dtype, launch.gpu_generation(image), kind, logits.mode),
         *(logits.bias is not None, kept is not None, online),
     )
     block_r, block_c = options["BLOCK_R"], options["BLOCK_C"]
@@ -258,48 +257,3 @@ def _options(
 ) -> dict[str, Any]:
     narrow = kind != "sigmoid" and (bias or (keep and mode == "mask"))
     return tile_options(dtype, generation, small=online, narrow=narrow)
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles."""
-    for dtype, kind, mode, bias, keep in (
-        (torch.bfloat16, "both", "diagonal", False, False),
-        (torch.bfloat16, "both", "share", False, True),
-        (torch.bfloat16, "both", "mask", True, True),
-        (torch.bfloat16, "rows", "mask", False, True),
-        (torch.bfloat16, "rows", "mask", False, False),
-        (torch.bfloat16, "rows", "mask", True, False),
-        (torch.bfloat16, "sigmoid", "mask", True, False),
-        (torch.float16, "both", "diagonal", False, False),
-        (torch.float32, "both", "mask", True, False),
-        (torch.float32, "sigmoid", "diagonal", True, False),
-    ):
-        for generation in (8, 9, 10):
-            for online in (False,) if kind == "sigmoid" or keep else (False, True):
-                yield _case(dtype, kind, mode, bias, keep, online, generation)
-
-
-def _case(dtype: torch.dtype, kind: str, mode: str, bias: bool, keep: bool, online: bool, generation: int) -> Case:
-    options = _options(dtype, generation, kind, mode, bias, keep, online)
-    pointers = dict.fromkeys(("image_ptr", "text_ptr"), pointer_to(dtype))
-    pointers |= dict.fromkeys(("scale_ptr", "shift_ptr", "row_part_ptr", "col_part_ptr"), "*fp32")
-    pointers |= {"bias_ptr": "*fp32"} if bias else {}
-    pointers |= {"kept_ptr": "*bf16"} if keep else {}
-    pointers |= {"unsafe_ptr": "*i32"} if online else {}
-    pointers |= dict.fromkeys(("row_code_ptr", "col_code_ptr"), "*i32") if mode == "mask" else {}
-    counts = ("image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "num_rows", "num_cols", "dim")
-    absent = ("bias_ptr", "kept_ptr", "unsafe_ptr", "row_code_ptr", "col_code_ptr")
-    words = [kind, mode, *(("bias",) if bias else ()), *(("kept",) if keep else ())]
-    return Case(
-        name=f"contrastive_loss fwd{' online' * online} {str(dtype)[6:]} {' '.join(words)}",
-        kernel=_contrastive_fwd_kernel,
-        types=pointers | dict.fromkeys((*counts, "offset", "span"), "i32"),
-        constants=dict.fromkeys(absent)
-        | {"KIND": kind, "ONLINE": online, "MASKED": mode == "mask", "HAS_BIAS": bias, "KEEP": keep}
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible=(*pointers, "image_stride", "text_stride", "kept_stride", "first_row", "panel_rows", "dim", "span"),
-        options={key: value for key, value in options.items() if not key.isupper()},
-        generation=generation,
-        tensor_core=dtype != torch.float32,
-        latest=dtype != torch.float32,
-    )

@@ -4,14 +4,12 @@ Equations, letters and arguments are those of contrastive_ops.py; the block is a
 it from the features.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case
 from ..launch import on_device_of
 from .triton_tiles import no_positives, row_factor, store_tile
 
@@ -79,25 +77,3 @@ def rescale_kept(kept: Tensor, tensors: tuple[Tensor | None, ...], place: tuple[
         _contrastive_rescale_kernel[grid](
             *(kept, *tensors, kept.stride(0), block.stride(0), *place), **choices, **_RESCALE
         )
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles."""
-    for kind, match, sums in (("both", True, True), ("rows", False, False)):
-        yield _case(kind, match, sums)
-
-
-def _case(kind: str, match: bool, sums: bool) -> Case:
-    pointers = dict.fromkeys(("kept_ptr", "block_ptr"), "*bf16")
-    pointers |= dict.fromkeys(("row_stat_ptr", "col_stat_ptr", "shift_ptr", "sums_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("unsafe_ptr", *(("row_code_ptr", "col_code_ptr") if match else ())), "*i32")
-    return Case(
-        name=f"contrastive_loss bwd from kept {kind}{' ids bias' * match}",
-        kernel=_contrastive_rescale_kernel,
-        types=pointers | dict.fromkeys(("kept_stride", "block_stride", *PLACE), "i32"),
-        constants=dict.fromkeys(("row_code_ptr", "col_code_ptr"))
-        | {"KIND": kind, "MATCH": match, "SUMS": sums, "BLOCK_R": _RESCALE["BLOCK_R"], "BLOCK_C": _RESCALE["BLOCK_C"]},
-        divisible=(*pointers, "kept_stride", "block_stride", "first_row", "first_col"),
-        options={"num_warps": _RESCALE["num_warps"]},
-        tensor_core=False,
-    )

@@ -7,15 +7,11 @@ positives: the pair, and with mode "share" the columns of the same id, which `Ma
 arguments are those of contrastive_ops.py.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case, pointer_to
 from ..launch import LOG2E, on_device_of
 from .positives import CODE, END, ORDER, START
 from .problem import Logits
@@ -249,70 +245,3 @@ def _code_and_ranges(logits: Logits, *, rows: bool) -> tuple[Tensor | None, ...]
         return (None,) * 5
     own, other = logits.matches if rows else reversed(logits.matches)
     return own[CODE], other[CODE], own[START], own[END], other[ORDER]
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles."""
-    for dtype, dim, kind, share, bias in (
-        (torch.bfloat16, 512, "both", False, False),
-        (torch.bfloat16, 1024, "both", True, True),
-        (torch.bfloat16, 64, "sigmoid", True, True),
-        (torch.float32, 768, "rows", True, False),
-    ):
-        yield _target_case(dtype, dim, share, bias)
-        for rows, dots in ((True, True), (False, False), (False, True)):
-            yield _finish_case(dtype, dim, kind, share, bias, rows, dots)
-
-
-def _match_pointers(*codes: str) -> dict[str, str]:
-    return dict.fromkeys((*codes, "start_ptr", "end_ptr", "order_ptr"), "*i32")
-
-
-def _row_case(
-    name: str, kernel: Any, dim: int, pointers: dict[str, str], counts: tuple[str, ...], **flags: Any
-) -> Case:
-    options = _row_options(dim)
-    return Case(
-        name=f"contrastive_loss {name}",
-        kernel=kernel,
-        types=pointers | dict.fromkeys(counts, "i32"),
-        constants=dict.fromkeys(kernel.arg_names) | flags | {"BLOCK_D": options["BLOCK_D"]},
-        divisible=(*pointers, *(name for name in counts if name.endswith("stride")), "dim"),
-        options={"num_warps": options["num_warps"]},
-        tensor_core=False,
-    )
-
-
-def _target_case(dtype: torch.dtype, dim: int, share: bool, bias: bool) -> Case:
-    pointers = dict.fromkeys(("image_ptr", "text_ptr"), pointer_to(dtype))
-    pointers |= dict.fromkeys(("scale_ptr", "row_weight_ptr", "col_weight_ptr", "target_ptr"), "*fp32")
-    pointers |= {"bias_ptr": "*fp32"} if bias else {}
-    pointers |= _match_pointers("row_code_ptr", "col_code_ptr") if share else {}
-    return _row_case(
-        f"target {str(dtype)[6:]} D={dim}{' ids' * share}{' bias' * bias}",
-        *(_contrastive_target_kernel, dim, pointers),
-        ("image_stride", "text_stride", "num_cols", "dim", "offset"),
-        SHARE=share,
-        HAS_BIAS=bias,
-    )
-
-
-def _finish_case(dtype: torch.dtype, dim: int, kind: str, share: bool, bias: bool, rows: bool, dots: bool) -> Case:
-    pointers = dict.fromkeys(("own_ptr", "other_ptr", "grad_ptr"), pointer_to(dtype))
-    numbers = ("products_ptr", "scale_ptr", "factor_ptr", "row_weight_ptr", "col_weight_ptr", "row_stat_ptr")
-    pointers |= dict.fromkeys((*numbers, "col_stat_ptr", "dot_ptr", "bias_grad_ptr"), "*fp32")
-    pointers |= {"bias_ptr": "*fp32", "sums_ptr": "*fp32"} if bias else {}
-    pointers |= _match_pointers("own_code_ptr", "other_code_ptr") if share else {}
-    words = [kind, *(word for word, told in (("ids", share), ("bias", bias), ("scale", dots and not rows)) if told)]
-    return _row_case(
-        f"finish {'images' if rows else 'texts'} {str(dtype)[6:]} D={dim} {' '.join(words)}",
-        *(_contrastive_finish_kernel, dim, pointers),
-        ("own_stride", "other_stride", "products_stride", "num_other", "dim", "offset"),
-        KIND=kind,
-        SHARE=share,
-        ROWS=rows,
-        FEATURES=True,
-        DOTS=dots,
-        HAS_BIAS=bias,
-        BIAS_GRAD=bias,
-    )

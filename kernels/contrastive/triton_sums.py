@@ -3,13 +3,10 @@
 Equations, letters and `shift` are those of contrastive_ops.py.
 """
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile_check import Case
 from ..launch import LOG2E, on_device_of
 from .triton_tiles import seldom_run
 
@@ -104,21 +101,4 @@ def add_up_parts(
     with on_device_of(out):
         _contrastive_sums_kernel[seldom_run(out, blocks) if form == "online" else (blocks,)](
             part, out, shift, unsafe, parts, part.stride(0), len(out), append, FORM=form, **_SUMS
-        )
-
-
-def compile_cases() -> Iterator[Case]:
-    """The configurations that `compile_check` compiles."""
-    for form in ("sum", "shifted", "online"):
-        yield Case(
-            name=f"contrastive_loss fwd {form} of sums",
-            kernel=_contrastive_sums_kernel,
-            types={
-                **dict.fromkeys(("part_ptr", "out_ptr", "shift_ptr"), "*fp32"),
-                **({"unsafe_ptr": "*i32"} if form == "online" else {}),
-                **dict.fromkeys(("parts", "stride", "count", "append"), "i32"),
-            },
-            constants={"unsafe_ptr": None, "FORM": form, "PARTS": _SUMS["PARTS"], "BLOCK": _SUMS["BLOCK"]},
-            options={"num_warps": _SUMS["num_warps"]},
-            tensor_core=False,
         )

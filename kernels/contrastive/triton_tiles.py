@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import LOG2E, multiprocessors
+from .. import launch
+from ..launch import LOG2E
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def seldom_run(x: Tensor, pieces: int) -> tuple[int]:
 
     A program a piece would be 65,536 for nothing in a block of G. Of the largest such kernel 2 fit a multiprocessor.
     """
-    return (min(pieces, 4 * multiprocessors(x)),)
+    return (min(pieces, 4 * launch.multiprocessors(x)),)
 
 
 def padded_shape(rows: int, cols: int) -> tuple[int, int]:

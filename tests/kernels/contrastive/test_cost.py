@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from eclip.kernels import launch
 from eclip.kernels.contrastive import contrastive_loss, sigmoid_loss
 from eclip.kernels.contrastive import ops as contrastive_ops
 from eclip.kernels.contrastive import plain as contrastive_plain
@@ -17,7 +18,6 @@ from eclip.kernels.contrastive import ranks as contrastive_distributed
 from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
 from eclip.kernels.contrastive import triton_forward as contrastive_kernels
 from eclip.kernels.contrastive import triton_sums as contrastive_sums
-from eclip.kernels.contrastive import triton_tiles as contrastive_tile
 from tests.kernels.contrastive.checks import Arguments, make_arguments, on, value_and_grads, with_features
 from tests.kernels.contrastive.test_triton import opposed
 
@@ -275,7 +275,7 @@ def test_programs_of_the_fallback_do_not_grow_with_the_batch(
     arguments = with_features(make(100, 16, positives="mask"), dtype)
     results = []
     for multiprocessors in (1, 1000):
-        monkeypatch.setattr(contrastive_tile, "multiprocessors", lambda x, count=multiprocessors: count)
+        monkeypatch.setattr(launch, "multiprocessors", lambda x, count=multiprocessors: count)
         with monkeypatch.context() as patch:
             launched = grids(patch)
             results.append(value_and_grads(contrastive_loss, arguments))
