@@ -19,7 +19,7 @@ from eclip.kernels.contrastive import triton_backward as contrastive_backward_ke
 from eclip.kernels.contrastive import triton_forward as contrastive_kernels
 from eclip.kernels.contrastive import triton_sums as contrastive_sums
 from tests.kernels.contrastive.checks import Arguments, make_arguments, on, value_and_grads, with_features
-from tests.kernels.contrastive.test_triton import opposed
+from tests.kernels.contrastive.test_triton_forward import opposed
 
 NAMES = ("image_features", "text_features", "logit_scale", "bias")
 

@@ -28,7 +28,7 @@ from eclip.kernels.contrastive import triton_tiles as contrastive_tile
 from eclip.kernels.contrastive.ops import pair_statistics
 from eclip.kernels.contrastive.problem import Logits, magnitudes, safe_shift
 from tests.kernels.contrastive.checks import make_arguments, value_and_grads, with_features
-from tests.kernels.contrastive.test_triton import opposed, tiny  # noqa: F401
+from tests.kernels.contrastive.test_triton_forward import opposed, tiny  # noqa: F401
 from tests.kernels.watch_interp import Builder, watch
 
 KERNELS = {
