@@ -1,4 +1,7 @@
-"""Package metadata: version, dependencies, extras, packages. Exact tested versions are in constraints.txt."""
+"""Package metadata: version, dependencies, extras, packages, the `eclip` command.
+
+Exact tested versions are in constraints.txt.
+"""
 
 import os
 import re
@@ -32,6 +35,7 @@ setup(
     packages=PACKAGES,
     package_data={"eclip.dataloading.demo": ["catalog/*"]},
     include_package_data=False,
+    entry_points={"console_scripts": ["eclip = eclip.cli:main"]},
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -1,5 +1,6 @@
 """setup.py and constraints.txt against the tree: every folder is packaged, every dependency has a tested version."""
 
+import importlib
 import re
 import runpy
 import subprocess
@@ -41,6 +42,13 @@ def test_the_embedded_catalogue_is_packaged(metadata: dict[str, Any]) -> None:
     files = [file for pattern in patterns for file in (ROOT / "dataloading/demo").glob(pattern)]
     assert any(f.suffix == ".tar" for f in files)
     assert any("LICENSE" in f.name for f in files)
+
+
+def test_the_eclip_command_is_a_function_of_the_package(metadata: dict[str, Any]) -> None:
+    (line,) = metadata["entry_points"]["console_scripts"]
+    name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", line).groups()
+    assert name == "eclip"
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_every_dependency_has_a_tested_version(metadata: dict[str, Any]) -> None:
