@@ -1,10 +1,8 @@
-"""The launcher of slot attention's backward kernels: what slot_attention_core.py calls for tensors on a GPU.
+"""The launchers of slot attention's two backward kernels.
 
-`triton_backward` (slot_attention_score_gradient.py) gives the gradients of queries and bias and the factors of the
-tokens' gradient; `triton_token_gradients` (slot_attention_token_gradient.py) multiplies the factors out.
+`triton_backward` (kernel in backward_scores.py) gives the gradients of queries and bias and the factors of the tokens'
+gradient; `triton_token_gradients` (kernel in backward_tokens.py) multiplies the factors out.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -13,10 +11,8 @@ from torch import Tensor
 from .. import launch
 from ..launch import on_device_of, readable
 from .backward_scores import slot_attention_bwd_kernel
-from .backward_tokens import ENOUGH_PROGRAMS, triton_token_gradients
-from .plain import padded_queries
-
-__all__ = ["triton_backward", "triton_token_gradients"]
+from .backward_tokens import slot_attention_token_gradient_kernel
+from .options import ENOUGH_PROGRAMS, scores_options, tokens_options
 
 
 def triton_backward(
@@ -37,9 +33,10 @@ def triton_backward(
     norm_eps: float | None,
     token_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`core_backward` (ops.py) on a GPU, or interpreted."""
     batch, heads, num_queries, dim = q.shape
     groups, num_tokens = k.shape[1:3]
-    options = _launch_options(
+    options = scores_options(
         num_queries,
         num_tokens,
         dim,
@@ -118,57 +115,54 @@ def _sum_blocks(partials: Tensor) -> Tensor:
     return partials[0] if partials.shape[0] == 1 else partials.sum(0)
 
 
-def _launch_options(
-    num_queries: int,
-    num_tokens: int,
-    dim: int,
-    dtype: torch.dtype,
-    *,
-    separate: bool,
-    norm: bool,
-    extras: bool,
-    grad_map: bool,
-    generation: int,
-) -> dict[str, Any]:
-    """Blocks, warps and stages for a GPU of compute capability `generation`.x.
+def triton_token_gradients(
+    coefficients: list[Tensor],
+    queries: list[Tensor],
+    grad_outs: list[Tensor],
+    affines: list[Tensor],
+    tokens: Tensor,
+    which: str,
+) -> Tensor:
+    """`token_gradients` (ops.py) on a GPU, or interpreted."""
+    batch, groups, num_tokens, dim = tokens.shape
+    heads, num_queries = queries[0].shape[1:3]
+    grad = tokens.new_empty(tokens.shape)
+    if batch == 0:
+        return grad
+    one_entry = len(coefficients) == 1 and heads == groups
+    padded = coefficients[0].shape[-1] // 2
+    options = tokens_options(padded, num_tokens, dim, tokens.dtype, one_entry=one_entry, norm=bool(affines))
+    queries, grad_outs = _same_strides(queries), _same_strides(grad_outs)
+    tokens = readable(tokens)
+    chunks = triton.cdiv(dim, options["BLOCK_D"])
+    programs = batch * groups * triton.cdiv(num_tokens, options["BLOCK_N"])
+    chunks_per_program = triton.cdiv(chunks, min(chunks, triton.cdiv(ENOUGH_PROGRAMS, programs)))
+    with on_device_of(tokens):
+        slot_attention_token_gradient_kernel[(programs * triton.cdiv(chunks, chunks_per_program),)](
+            tuple(x.contiguous() for x in coefficients),
+            tuple(queries),
+            tuple(grad_outs),
+            tuple(x.contiguous() for x in affines) or None,
+            tokens,
+            grad,
+            *queries[0].stride()[:3],
+            *grad_outs[0].stride()[:3],
+            *tokens.stride()[:3],
+            groups,
+            heads // groups,
+            num_queries,
+            num_tokens,
+            dim,
+            chunks_per_program,
+            WITH_QUERIES=which in ("both", "queries"),
+            WITH_GRAD_OUTS=which in ("both", "grad_outs"),
+            **options,
+        )
+    return grad
 
-    The scores of a block lie in registers. One block that holds all tokens of an image needs neither `out` nor partial
-    sums, so blocks are as large as was found to compile without a spill: larger on Hopper, whose products take their
-    operands from shared memory. extras: bias, `mean`, gradients of mass or entropy. Hopper, T = 20, N = 196: one block,
-    unless the map has a gradient; a program fills a multiprocessor, with three chunks of channels on the way.
-    """
-    hopper, blackwell = generation == 9, generation >= 10
-    block_t = padded_queries(num_queries)
-    block_d = min(64, max(16, triton.next_power_of_2(dim)))
-    plain = not (norm or extras or grad_map)
-    scores = 8192  # tokens x queries of a block
-    if grad_map or (num_tokens * block_t > scores and (norm or not hopper)) or (separate and not hopper):
-        scores = 4096
-    if block_t == 64:
-        scores = 4096 if (plain and not separate) or (hopper and not grad_map) else 2048
-        block_d = block_d if scores == 4096 else min(block_d, 32)
-    elif (plain and block_t == 16 and not hopper) or (not plain and (blackwell or (norm and grad_map and not hopper))):
-        scores = 2048
-    if dim % 16:  # rows without alignment: an address per channel
-        scores, block_d = min(scores, 2048), 16
-    elif (norm or grad_map) and (dim % block_d or dim <= 16):
-        scores //= 2
-    smallest = 32 if block_t == 64 else 64
-    block_n = max(smallest, min(triton.next_power_of_2(num_tokens), 256, scores // block_t))
-    warps = 8
-    if dtype == torch.float32:  # at full precision the tensor cores are out, and operands sit in registers
-        block_n, block_d, warps = 32, 16, 4 if block_t == 16 else 8
-    options = {
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "BLOCK_T": block_t,
-        "BLOCK_N": block_n,
-        "BLOCK_D": block_d,
-        "ONE_BLOCK": num_tokens <= block_n,
-        "ONE_CHUNK": dim <= block_d,
-        "EVEN_D": dim % block_d == 0,
-        "num_warps": warps,
-        "num_stages": 4 if hopper and not separate else 3,
-    }
-    if block_t == 16 and generation == 8 and dtype != torch.float32:
-        options["maxnreg"] = 255  # else ptxas aims at 128 registers, and spills to get there
-    return options
+
+def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
+    """The kernel takes one set of strides for all calls, which differ only when something unusual made the tensors."""
+    tensors = [readable(x) for x in tensors]
+    alike = all(x.stride() == tensors[0].stride() for x in tensors)
+    return tensors if alike else [x.contiguous() for x in tensors]

@@ -1,7 +1,7 @@
-"""Triton kernel of slot attention's backward: gradients of queries and bias, and the tokens' gradient in two factors.
+"""Slot attention's first backward kernel: gradients of queries and bias, and the tokens' gradient in two factors.
 
     g = P (dW - delta) + A (ds + dA - dh ln A)      dS = g - A sum_t g      dq = scale dS^T k      db = sum_n dS
-    C1 = scale dS and C2 = W, from which slot_attention_token_gradient.py makes dE = C1 q + C2 dout
+    C1 = scale dS and C2 = W, from which backward_tokens.py makes dE = C1 q + C2 dout
 
 with P = A / c, dW = v dout^T and delta = dout . out = sum_n W dW. c comes from the saved mass: dS of a token needs no
 other token but for delta, which is summed here if all tokens are here, and else taken from the saved out. A program
@@ -9,7 +9,7 @@ holds the scores of all queries for a block of tokens (256 x 32: the 196 of an i
 channels past them twice: once for S and dW, once, backwards, for dq. The second time they come from the L2 cache: 132
 programs hold 40 MB of tokens at N = 196, D = 768, and what they read first was read last.
 
-Letters: B images, N tokens, T queries (TP padded to a power of two), D channels, H heads, G token groups.
+Letters as in __init__.py.
 """
 
 import triton

@@ -1,23 +1,15 @@
-"""Triton kernel that multiplies out the tokens' gradient from the factors that slot attention's backward leaves.
+"""The kernel that multiplies out the tokens' gradient from the factors that slot attention's backward leaves.
 
     dE_n = sum over calls and heads of  sum_t C1_nt q_t + C2_nt dout_t  (+ offset_n + slope_n E_n, LayerNorm's share)
 
 All calls that share the tokens are summed in registers, in fp32, and dE is written once. Autograd would write it per
 call and add: at T = 20, N = 196, D = 768 the factors of a call are 0.3 of the bytes of one dE, and its sums 3 dE.
 
-Letters: B images, N tokens, T queries (TP padded to a power of two), D channels, H heads, G token groups.
+Letters as in __init__.py.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ..launch import on_device_of, readable
-
-ENOUGH_PROGRAMS = 528  # two for each of up to 132 multiprocessors, twice
 
 
 @triton.jit
@@ -30,7 +22,7 @@ def _pick(pointers, index):
 
 
 @triton.jit
-def _token_gradient_kernel(
+def slot_attention_token_gradient_kernel(
     coefficients_ptrs,  # tuples with an entry per call
     q_ptrs,
     grad_out_ptrs,
@@ -135,81 +127,3 @@ def _token_gradient_kernel(
             result_rows = grad_ptr + row * num_tokens * dim + (token[:, None] * dim + channel[None, :])
             tl.store(result_rows, result.to(grad_ptr.dtype.element_ty), mask=tile_in)
             grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-
-
-def _launch_options(
-    padded: int, num_tokens: int, dim: int, dtype: torch.dtype, *, one_entry: bool, norm: bool
-) -> dict[str, Any]:
-    """Blocks, warps and stages, chosen so that no configuration of the compile check spills a register.
-
-    An entry loads 64 KiB of factors a tile of 128 x 128, which larger tiles would halve and registers do not allow. The
-    tokens that `norm` reads are not prefetched: smaller tiles then, of which two fit on a multiprocessor.
-    """
-    full = dtype == torch.float32  # at full precision the tensor cores are out, and operands sit in registers
-    block_n = 64 if full or num_tokens <= 64 else 128
-    block_d = 2048 // padded if full else 64 if norm and one_entry else 128
-    block_d = min(block_d, 64 if full else 128, max(16, triton.next_power_of_2(dim)))
-    if dim % 16:  # rows without alignment: an address per channel
-        block_d = min(block_d, 32)
-    return {
-        "ONE_ENTRY": one_entry,
-        "EVEN_D": dim % block_d == 0,
-        "PRECISION": "ieee" if full else "tf32",
-        "BLOCK_T": padded,
-        "BLOCK_N": block_n,
-        "BLOCK_D": block_d,
-        "num_warps": 8 if full or block_n == 128 else 4,
-        "num_stages": 2 if full or padded > 32 else 3,
-    }
-
-
-def triton_token_gradients(
-    coefficients: list[Tensor],
-    queries: list[Tensor],
-    grad_outs: list[Tensor],
-    affines: list[Tensor],
-    tokens: Tensor,
-    which: str,
-) -> Tensor:
-    batch, groups, num_tokens, dim = tokens.shape
-    heads, num_queries = queries[0].shape[1:3]
-    grad = tokens.new_empty(tokens.shape)
-    if batch == 0:
-        return grad
-    one_entry = len(coefficients) == 1 and heads == groups
-    padded = coefficients[0].shape[-1] // 2
-    options = _launch_options(padded, num_tokens, dim, tokens.dtype, one_entry=one_entry, norm=bool(affines))
-    queries, grad_outs = _same_strides(queries), _same_strides(grad_outs)
-    tokens = readable(tokens)
-    chunks = triton.cdiv(dim, options["BLOCK_D"])
-    programs = batch * groups * triton.cdiv(num_tokens, options["BLOCK_N"])
-    chunks_per_program = triton.cdiv(chunks, min(chunks, triton.cdiv(ENOUGH_PROGRAMS, programs)))
-    with on_device_of(tokens):
-        _token_gradient_kernel[(programs * triton.cdiv(chunks, chunks_per_program),)](
-            tuple(x.contiguous() for x in coefficients),
-            tuple(queries),
-            tuple(grad_outs),
-            tuple(x.contiguous() for x in affines) or None,
-            tokens,
-            grad,
-            *queries[0].stride()[:3],
-            *grad_outs[0].stride()[:3],
-            *tokens.stride()[:3],
-            groups,
-            heads // groups,
-            num_queries,
-            num_tokens,
-            dim,
-            chunks_per_program,
-            WITH_QUERIES=which in ("both", "queries"),
-            WITH_GRAD_OUTS=which in ("both", "grad_outs"),
-            **options,
-        )
-    return grad
-
-
-def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
-    """The kernel takes one set of strides for all calls, which differ only when something unusual made the tensors."""
-    tensors = [readable(x) for x in tensors]
-    alike = all(x.stride() == tensors[0].stride() for x in tensors)
-    return tensors if alike else [x.contiguous() for x in tensors]

@@ -1,97 +1,24 @@
-"""The Triton forward of slot attention: which kernel runs, and over how many programs.
+"""The launcher of slot attention's forward: which kernel runs, and over how many programs.
 
 A program holds the outputs of one image and head: a tile of tokens gives the scores of all T queries, their softmax,
-and its share of s and A^T v; nothing grows with N. The kernel of slot_attention_one_pass.py does so for half-precision
-tokens that are keys and values, the model's case, that of slot_attention_general.py for all others. Few images leave
-most of the GPU idle: their tokens then split over several programs, whose sums `_combine_kernel` adds; in a fixed
-order, so that results repeat.
+and its share of s and A^T v; nothing grows with N. The kernel of forward_one_pass.py does so for half-precision tokens
+that are keys and values, the model's case, that of forward_general.py for all others. Few images leave most of the GPU
+idle: their tokens then split over several programs, whose sums a kernel of forward_common.py adds; in a fixed order, so
+that results repeat.
 """
-
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import launch
 from ..launch import on_device_of, readable
-from .forward_general import over_tokens, slot_attention_fwd_kernel
-from .forward_one_pass import one_pass_options, slot_attention_one_pass_fwd_kernel
-from .plain import padded_queries
+from .forward_common import slot_attention_combine_kernel
+from .forward_general import slot_attention_fwd_kernel
+from .forward_one_pass import slot_attention_one_pass_fwd_kernel
+from .options import general_options, one_pass_options
 
-COMBINE_BLOCK = 256  # channels a program of `_combine_kernel`
-
-
-@triton.jit
-def _combine_kernel(
-    sums_ptr,  # A^T v, mass and sum_n v_n of every split; (splits, B * H, T, D), (splits, B * H, T), (splits, B * H, D)
-    masses_ptr,
-    value_sums_ptr,
-    mask_ptr,
-    out_ptr,
-    mass_ptr,
-    splits,
-    num_heads,
-    num_queries,
-    num_tokens,
-    dim,
-    eps,
-    NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    slot = tl.program_id(0).to(tl.int64)  # (image * num_heads + head) * num_queries + query
-    row = slot // num_queries
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    channel_in = channel < dim
-    rows = tl.num_programs(0) // num_queries
-    out = tl.zeros((BLOCK_D,), tl.float32)
-    value_sum = tl.zeros((BLOCK_D,), tl.float32)
-    mass = 0.0
-    for split in range(0, splits):
-        part = split * rows
-        mass += tl.load(masses_ptr + part * num_queries + slot)
-        out += tl.load(sums_ptr + (part * num_queries + slot) * dim + channel, mask=channel_in, other=0.0)
-        if NORMALIZE == "mean":
-            value_sum += tl.load(value_sums_ptr + (part + row) * dim + channel, mask=channel_in, other=0.0)
-    out = over_tokens(out, mass, value_sum, num_tokens, eps, NORMALIZE)
-    if HAS_MASK:
-        present = tl.load(mask_ptr + row // num_heads * num_queries + slot % num_queries)
-        out = tl.where(present != 0, out, 0.0)
-    tl.store(out_ptr + slot * dim + channel, out.to(out_ptr.dtype.element_ty), mask=channel_in)
-    tl.store(mass_ptr + slot, mass, mask=tl.program_id(1) == 0)
-
-
-def _launch_options(
-    num_queries: int, dim: int, dtype: torch.dtype, *, norm: bool, normalize: str, generation: int
-) -> dict[str, Any]:
-    """Blocks, warps and stages, chosen so that no configuration of the compile check spills a register.
-
-    Channels beyond BLOCK_V go to further programs, which compute the scores again from tokens that are in cache then.
-    """
-    full = dtype == torch.float32  # at full precision the tensor cores are out, and operands sit in registers
-    extras = norm or normalize == "mean"  # statistics and the plain sum of the values live beside the accumulator
-    block_t = padded_queries(num_queries)
-    block_v = min(max(32 if full else 16, triton.next_power_of_2(dim)), (8192 if full or extras else 16384) // block_t)
-    narrow = block_v <= 64  # room for more tokens a step
-    # Tuned for no spills only: in full precision, 32 channels with the sum of the values beside them are too many.
-    few = block_t != 32 or (normalize == "mean" and not norm)
-    # Blackwell: Triton 3.6 puts products of 64 rows on the tensor cores, "ieee" or not, where one TF32 product has 10
-    # bits; three have 21.
-    thrice = block_t == 64 and generation >= 10
-    options = {
-        "PRECISION": "tf32" if not full else "tf32x3" if thrice else "ieee",
-        "BLOCK_T": block_t,
-        "BLOCK_N": 16 if full else 64 if narrow else 32,
-        "BLOCK_D": min(block_v, 128) if not full else 16 if few else 32,
-        "BLOCK_V": block_v,
-        "num_warps": 8,
-        "num_stages": 2,
-    }
-    if narrow and (full or extras):
-        options["maxnreg"] = 255  # else ptxas aims at 80 or 128 registers, and spills to get there
-    return options
+COMBINE_BLOCK = 256  # channels a program of the combine kernel
 
 
 def triton_forward(
@@ -107,7 +34,7 @@ def triton_forward(
     return_map: bool,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`core` (slot_attention_core.py) on a GPU, or interpreted."""
+    """`core` (ops.py) on a GPU, or interpreted."""
     batch, heads, num_queries, dim = q.shape
     groups, num_tokens = k.shape[1:3]
     norm = norm_eps is not None
@@ -117,7 +44,7 @@ def triton_forward(
         one_pass = one_pass_options(
             num_queries, dim, q.dtype, normalize=normalize, norm=norm, return_map=return_map, limit=limit
         )
-    options = one_pass or _launch_options(
+    options = one_pass or general_options(
         num_queries, dim, q.dtype, norm=norm, normalize=normalize, generation=launch.gpu_generation(q)
     )
     slices = 1 if one_pass else triton.cdiv(dim, options["BLOCK_V"])
@@ -187,7 +114,7 @@ def _combine(
     """Add the splits' sums, normalise them into `out`; the mass, (1, B, H, T)."""
     splits, batch, heads, num_queries, dim = sums.shape
     mass = torch.empty_like(masses[:1])
-    _combine_kernel[(batch * heads * num_queries, triton.cdiv(dim, COMBINE_BLOCK))](
+    slot_attention_combine_kernel[(batch * heads * num_queries, triton.cdiv(dim, COMBINE_BLOCK))](
         *(sums, masses, value_sum, mask, out, mass),
         *(splits, heads, num_queries, num_tokens, dim, eps),
         NORMALIZE=normalize,

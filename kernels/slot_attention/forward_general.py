@@ -1,4 +1,4 @@
-"""The forward of slot attention for any input with T <= 64, and what every kernel does with scores.
+"""The forward kernel of slot attention for any input with T <= 64.
 
 A program holds the outputs of one image and head for a slice of the channels: an inner loop over all channels gives the
 scores of a tile of tokens, a second load its values. Wider tokens go to further programs, each with the scores anew.
@@ -9,35 +9,7 @@ import triton
 import triton.language as tl
 
 from ..launch import LOG2E
-
-
-@triton.jit
-def softmax_over_queries(scores, AXIS: tl.constexpr):
-    """A = 2^scores / total over the queries along AXIS, and -A log2 A. A score of -inf: an absent query."""
-    top = tl.max(scores, AXIS, keep_dims=True)
-    top = tl.where(top == float("-inf"), 0.0, top)  # an image without a single query
-    centred = scores - top
-    exps = tl.exp2(centred)
-    total = tl.sum(exps, AXIS, keep_dims=True)
-    total = tl.where(total == 0.0, 1.0, total)
-    assignment = exps / total
-    # Below 2^-150 A is 0, whatever it is multiplied with; only -inf would make that a NaN.
-    return assignment, assignment * (tl.log2(total) - tl.maximum(centred, -1000.0))
-
-
-@triton.jit
-def over_tokens(sums, mass, value_sum, num_tokens, eps, NORMALIZE: tl.constexpr):
-    """W^T V from A^T V, the mass s and sum_n v_n, which broadcast to it.
-
-    eps, mass and their quotient stay fp32: 1e-8 is 0 in fp16 and a query without tokens would give 0 / 0.
-    """
-    if NORMALIZE == "mean":
-        sums = (sums + eps * value_sum) / (mass + num_tokens * eps)
-    elif NORMALIZE == "den":
-        sums = sums / (mass + eps)
-    elif NORMALIZE == "l1max":
-        sums = sums / tl.maximum(mass, eps)
-    return sums
+from .forward_common import over_tokens, softmax_over_queries
 
 
 @triton.jit
@@ -76,7 +48,7 @@ def slot_attention_fwd_kernel(
     HAS_NORM: tl.constexpr,
     STORE_MAP: tl.constexpr,
     STORE_ENTROPY: tl.constexpr,
-    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for `_combine_kernel`
+    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for the combine kernel
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -1,4 +1,4 @@
-"""The forward of slot attention for half-precision tokens that are both keys and values: each is read once.
+"""The forward kernel of slot attention for half-precision tokens that are both keys and values: each is read once.
 
 A warp owns a slice of the channels in the scores' product, so that a tile of tokens in shared memory serves both
 products: a batched dot gives every warp's share of S, [WARPS, T, N]; the shares are added; the softmax is spread over
@@ -6,15 +6,11 @@ all warps; then A^T E accumulates in registers, 3 x [32, 256] floats for T = 20 
 multiprocessor for that, but reads an image's tokens once, where the general kernel reads them three times.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
 from ..launch import LOG2E
-from .forward_general import over_tokens, softmax_over_queries
-from .plain import padded_queries
+from .forward_common import over_tokens, softmax_over_queries
 
 
 @triton.jit
@@ -50,7 +46,7 @@ def slot_attention_one_pass_fwd_kernel(
     HAS_NORM: tl.constexpr,
     STORE_MAP: tl.constexpr,
     STORE_ENTROPY: tl.constexpr,
-    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for `_combine_kernel`
+    PARTIAL: tl.constexpr,  # this program sees some of the tokens: store plain sums, for the combine kernel
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # channels of one chunk; the tokens and queries are held in CHUNKS of them
@@ -181,34 +177,3 @@ def slot_attention_one_pass_fwd_kernel(
             out = tl.where(present[:, None], out, 0.0)
         out_rows = out_ptr + (part * num_queries + t[:, None]) * dim + channel[None, :]
         tl.store(out_rows, out.to(out_ptr.dtype.element_ty), mask=query_in[:, None] & (channel < dim)[None, :])
-
-
-def one_pass_options(
-    num_queries: int, dim: int, dtype: torch.dtype, *, normalize: str, norm: bool, return_map: bool, limit: int
-) -> dict[str, Any] | None:
-    """Blocks, warps and stages, so that nothing spills and a block fits; None where the kernel does not apply."""
-    warps, spare = 8, norm or normalize == "mean"
-    block_t = padded_queries(num_queries + spare)
-    if dtype == torch.float32 or block_t > 32 or not 64 < dim <= 1408:
-        return None
-    # As little padding as possible: D = 384 as 3 x 128, 768 as 3 x 256.
-    block_c = min(256, 128, key=lambda width: (triton.cdiv(dim, width) > 4, triton.cdiv(dim, width) * width))
-    chunks = triton.cdiv(dim, block_c)
-    wide = chunks * block_c > 768
-    if (wide and norm) or block_t * chunks * block_c > 32 * 1152:  # the sums would spill
-        return None
-    crowded = wide or (norm and (return_map or normalize == "mean"))  # 32 tokens would spill
-    for block_n in (32, 16):
-        # Queries, two tiles of tokens (one in use, one on its way), every warp's share of the scores.
-        shared = 2 * chunks * block_c * (block_t + 2 * block_n) + 4 * warps * block_t * block_n
-        if shared + 1024 <= limit and not (block_n == 32 and crowded):
-            return {
-                "BLOCK_T": block_t,
-                "BLOCK_N": block_n,
-                "BLOCK_C": block_c,
-                "CHUNKS": chunks,
-                "WARPS": warps,
-                "num_warps": warps,
-                "num_stages": 3,
-            } | ({"maxnreg": 255} if wide else {})  # else ptxas may aim at 128 registers, and spill to get there
-    return None

@@ -6,16 +6,16 @@ v = None: the values are the keys (the absorbed form, where both are the raw tok
 tokens pass through a LayerNorm without affine part first. out is (B, H, T, D); mass (B, H, T) is s, each query's sum of
 A; map is A, (B, H, T, N); entropy (B, H) is the sum over tokens of -sum_t A ln A. Map and entropy are empty unless
 asked for. The gradients reach q, k, v and bias through all four, so that whatever is built on them (sum_n W from the
-mass, a loss on the map) needs no code here. slot_attention.py explains the letters.
+mass, a loss on the map) needs no code here. __init__.py explains the letters.
 
 Backward has two ops. `core_backward` recomputes the map and leaves the tokens' gradient in factored form,
 
     dE_n = sum_t C1_nt q_t + C2_nt dout_t      C1 = scale dS, C2 = W, both times 1/std of the token under norm_eps
 
 as `coefficients` (B, H, N, 2 TP): C1 in the first T columns, C2 from column TP on, zeros between (`padded_queries`).
-`token_gradients` multiplies the factors out, for one call or for all that share the tokens (slot_attention_shared.py),
-each of which then writes 2 TP numbers a token instead of D. `affine` (B, H, N, 2) adds offset + slope * E to dE: what
-the mean and the variance of a LayerNorm take from it.
+`token_gradients` multiplies the factors out, for one call or for all that share the tokens (ports.py), each of which
+then writes 2 TP numbers a token instead of D. `affine` (B, H, N, 2) adds offset + slope * E to dE: what the mean and
+the variance of a LayerNorm take from it.
 """
 
 from typing import Any
@@ -26,9 +26,15 @@ from torch import Tensor
 from ..launch import accumulate_dtype, launches_triton
 from .backward import triton_backward, triton_token_gradients
 from .forward import triton_forward
-from .plain import padded_queries, plain_backward, plain_forward, plain_token_gradients
+from .options import padded_queries, supported
+from .plain import plain_backward, plain_forward, plain_token_gradients
 
 # --- Operators: only these know which implementation runs -------------------------------------------------------------
+
+
+def _takes_triton(q: Tensor) -> bool:
+    """Whether queries (B, H, T, D) and all that belongs to them go to the kernels, or to PyTorch (plain.py)."""
+    return launches_triton(q) and supported(q.dtype, *q.shape[-2:]) is None
 
 
 @torch.library.custom_op("eclip::slot_attention", mutates_args=())
@@ -45,7 +51,7 @@ def core(
     return_map: bool,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = triton_forward if launches_triton(q) else plain_forward
+    forward = triton_forward if _takes_triton(q) else plain_forward
     return forward(q, k, v, bias, mask, scale, normalize, eps, norm_eps, return_map, return_entropy)
 
 
@@ -93,7 +99,7 @@ def core_backward(
     token_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q and bias, coefficients, affine; empty tensors for what does not exist or was not asked for."""
-    backward = triton_backward if launches_triton(q) else plain_backward
+    backward = triton_backward if _takes_triton(q) else plain_backward
     return backward(
         grad_out,
         grad_mass,
@@ -156,7 +162,7 @@ def token_gradients(
 
     which: "both" products, or that with the "queries" (keys' gradient) or the "grad_outs" (values') alone.
     """
-    product = triton_token_gradients if launches_triton(tokens) else plain_token_gradients
+    product = triton_token_gradients if _takes_triton(queries[0]) else plain_token_gradients
     return product(coefficients, queries, grad_outs, affines, tokens, which)
 
 

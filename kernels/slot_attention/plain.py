@@ -1,6 +1,6 @@
 """The PyTorch implementation of the slot attention ops: what CPU tensors take, in fp32 (float64 for float64).
 
-Same contract as the Triton kernels, which slot_attention_core.py states; slot_attention.py explains the letters.
+Same contract as the Triton kernels, which ops.py states; __init__.py explains the letters.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..launch import accumulate_dtype, autocast_off
-
-
-def padded_queries(num_queries: int) -> int:
-    """T rounded up to a power of two, at least 16: the width of each half of a row of coefficients."""
-    return max(16, 1 << (num_queries - 1).bit_length())
+from .options import padded_queries
 
 
 def plain_forward(

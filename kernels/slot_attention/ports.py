@@ -2,7 +2,7 @@
 
 Autograd would have every call write a gradient of the tokens' size and then add it to the sum of those before: four
 passes over such a tensor, where the call itself needs two, a read forward and one backward. Here the calls leave it in
-factored form (slot_attention_core.py). The factors flow along the graph, as gradients of `TokenPort`s, to the node
+factored form (ops.py). The factors flow along the graph, as gradients of `TokenPort`s, to the node
 where the tokens came in, and are multiplied out there, once, when the last has come. That is plain data flow, without
 state and in any order: recomputation (checkpointing), sharded parameters (FSDP2) and torch.compile see nothing special.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..launch import accumulate_dtype
 from .ops import core, run_backward, save_for_backward, token_gradients
-from .plain import padded_queries
+from .options import padded_queries
 
 
 class TokenPort(NamedTuple):
