@@ -17,7 +17,7 @@ from eclip.kernels.slot_attention import (
     slot_attention_absorbed,
     slot_attention_absorbed_reference,
 )
-from tests.kernels.slot_attention.test_slot_attention import (
+from tests.kernels.slot_attention.checks import (
     absorbed_inputs,
     check,
     eager,
@@ -90,19 +90,6 @@ def test_tokens_of_wide_towers(path: torch.device, queries: int, channels: int) 
 
 def test_wide_keys_and_values(path: torch.device) -> None:
     check(path, slot_attention, eager, kv_inputs(1, 5, 9, 1152))
-
-
-def test_wide_tokens_take_the_one_pass_kernel_where_it_fits() -> None:
-    from eclip.kernels.compile_check import SHARED_MEMORY
-    from eclip.kernels.slot_attention.forward_one_pass import one_pass_options
-
-    def fits(queries: int, channels: int, arch: int) -> bool:
-        limit = SHARED_MEMORY[arch]
-        options = {"normalize": "den", "norm": False, "return_map": False, "limit": limit}
-        return one_pass_options(queries, channels, torch.bfloat16, **options) is not None  # type: ignore[arg-type]
-
-    assert fits(20, 1152, 80) and fits(20, 1152, 90) and not fits(20, 1408, 90) and not fits(20, 1152, 120)
-    assert fits(15, 1408, 80) and fits(15, 1408, 90) and not fits(15, 1664, 90)
 
 
 def test_slices_of_an_image_are_neighbours_in_the_grid(
