@@ -149,10 +149,3 @@ def _same_title_or_product(batch: Batch, draw: PromptDraw, pool: dict[str, Tenso
     products = pool["product"][draw.products] == batch.product_ids[:, None]
     titles = pool["title"][draw.products] == batch.title_ids[:, :1]
     return (products | titles).scatter(1, draw.positive[:, None], False)
-
-
-# Until the trainer takes the objective itself.
-def compute_losses(model, momentum, batch, config, **options):  # type: ignore[no-untyped-def]
-    from eclip.objectives.objective import make_objective
-
-    return make_objective(config).losses(model, momentum, batch, **options)
