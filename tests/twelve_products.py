@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eclip.dataloading.packing.shard_writer import write_shards
+from eclip.dataloading.packing import write_shards
 from eclip.dataloading.schema import ImageRecord, Product
 
 

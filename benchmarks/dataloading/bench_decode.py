@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.machine import ON_GPU
-from eclip.dataloading.demo.pack import pack_demo
+from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eclip.config import RunConfig
-from eclip.dataloading.demo.pack import pack_demo
+from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.files import writing

@@ -9,9 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eclip.dataloading.images import decode
-from eclip.dataloading.images.decode import encode_image, open_image
-from eclip.dataloading.images.headers import plain
+from eclip.dataloading.images import decode, encode_image, open_image, plain
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex

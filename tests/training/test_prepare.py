@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import eclip.training.prepare
-from eclip.dataloading.packing.shard_swap import replace_shards
+from eclip.dataloading.packing import replace_shards
 from eclip.dataloading.system.lock import alone
 from eclip.model.eclip import ECLIP
 from eclip.parallel.signals import Stopped
