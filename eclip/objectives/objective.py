@@ -133,9 +133,10 @@ class Objective(ABC):
         seed: int,
         group: dist.ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
-        """All losses of one step: "loss" (the weighted sum) and each term by name, scalars, float32.
+        """All losses of one step: "loss" (the weighted sum) and each term by name, scalars.
 
-        Every loss is this rank's share; their mean over ranks is exact. momentum may be None without `needs_momentum`.
+        float32, or float64 of a float64 model. Every loss is this rank's share; their mean over ranks is exact.
+        momentum may be None without `needs_momentum`.
         """
         rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         encoded = self.features(model, momentum, batch, features, step=step, seed=seed)
