@@ -1,21 +1,16 @@
 """Images of any kind, as files or bytes, to upright sRGB pixels: the one place that knows Pillow's modes and moods.
 
 The way of an image: bytes -> header -> pixels -> sRGB, or a CorruptImageError that says in one sentence what is wrong:
-    decode.py     `open_image` parses the header, `upright_rgb` decodes, `encode_image` makes packing's JPEG of a file
+    decode.py     `open_image` parses the header, `upright_rgb` decodes
     colour.py     pixels of any profile, CMYK, palettes and transparency to sRGB
+    encode.py     `encode_image`: a file to the JPEG that packing keeps
+    corrupt.py    that error, and what makes it of whatever a decoder raises
     headers.py    `plain`: is this an image that every decoder, DALI's too, shows alike?
 """
 
-from .decode import (
-    MIN_SIDE,
-    CorruptImageError,
-    OpenedImage,
-    check_pixels,
-    encode_image,
-    open_image,
-    rejecting,
-    upright_rgb,
-)
+from .corrupt import CorruptImageError, check_pixels, rejecting
+from .decode import OpenedImage, open_image, upright_rgb
+from .encode import MIN_SIDE, encode_image
 from .headers import plain, plain_bytes
 
 __all__ = [

@@ -1,44 +1,26 @@
-"""From an image file or its bytes to upright 8-bit sRGB pixels: the one place that knows Pillow's modes and moods.
+"""From an image's bytes to upright 8-bit sRGB pixels: the one place that knows Pillow's modes and moods.
 
 Packing, the torch decoder and, for what DALI shows otherwise, the DALI path all come here, so an image has the same
 pixels whichever way it goes: EXIF orientation baked in, ICC profile converted to sRGB, 16 bits scaled to 8, transparent
 pixels on white, CMYK and palettes resolved, of an animation the first frame.
-
-Whatever goes wrong with one image is a CorruptImageError: Pillow's plugins raise struct.error, TypeError, OSError,
-RuntimeError, AttributeError, MemoryError, SyntaxError and more, by the kind of damage.
 """
 
 import ctypes
 import io
 import logging
-import os
-import stat
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..file_kinds import HEAD, file_kind
 from .colour import to_srgb
-
-MAX_PIXELS = 80_000_000  # 240 MB as RGB; from 89.5 million on Pillow suspects a decompression bomb
-MIN_SIDE = 32
-_MAX_SIDE = 65_500  # of a JPEG, by libjpeg
-_MAX_BYTES = 8 * MAX_PIXELS  # what 16-bit RGBA takes uncompressed
+from .corrupt import CorruptImageError, check_pixels, rejecting
 
 STORED = ("JPEG", "PNG", "WEBP")
 """Formats of the images in shards."""
-# Without those that start another program (EPS), draw (WMF), or hold no pixels Pillow could read (stubs).
-_FILES = (
-    *STORED, "AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI",
-    "TGA", "TIFF", "XBM", "XPM",
-)  # fmt: skip
-
 _HEIC = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx mif1 msf1 heif".split())
 _UNREAD = (
     (b"\xff\x0a", "JPEG XL"),
@@ -66,55 +48,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with suppress(AttributeError, OSError):  # a Pillow without libtiff, or with one whose functions cannot be reached
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-@cache
-def _file_formats() -> tuple[str, ...]:
-    """Those of _FILES that this Pillow has; it fails on the name of one that it has not."""
-    Image.init()
-    return tuple(name for name in _FILES if name in Image.OPEN)
-
-
-class CorruptImageError(ValueError):
-    """An image that cannot be used. `reason` is one of few sentences; `detail` has numbers and the decoder's words."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)  # both are kept when a worker process pickles the error
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason} ({self.detail})" if self.detail else self.reason
-
-
-def _words(error: BaseException) -> str:
-    """An error's text on one line, without addresses of objects, after its type."""
-    text = " ".join(str(error).split())
-    return type(error).__name__ if not text or " at 0x" in text else f"{type(error).__name__}: {text}"
-
-
-@contextmanager
-def rejecting(reason: str) -> Iterator[None]:
-    """Turn whatever is raised inside into a CorruptImageError; KeyboardInterrupt and SystemExit pass."""
-    try:
-        yield
-    except CorruptImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        size = str(error).partition(" exceeds")[0]  # a limit of Pillow's follows, which is another one
-        raise CorruptImageError(_too_large(), size) from error
-    except Exception as error:
-        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise CorruptImageError("truncated" if cut else reason, _words(error)) from error
-
-
-def _too_large() -> str:
-    return f"more than {MAX_PIXELS / 1e6:g} megapixels"
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Raise CorruptImageError for more than MAX_PIXELS."""
-    if width * height > MAX_PIXELS:
-        raise CorruptImageError(_too_large(), f"{width} x {height} px")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -205,43 +138,3 @@ def upright_rgb(image: Image.Image) -> Image.Image:
             image = _grey(image)
         rgb = to_srgb(image)
         return rgb if turn is None else rgb.transpose(turn)
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a regular file. Raises CorruptImageError; does not wait for a pipe or a device."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptImageError("not a regular file")
-        if status.st_size > _MAX_BYTES:
-            raise CorruptImageError(f"file of more than {_MAX_BYTES // 10**6} MB", f"{status.st_size / 1e6:.0f} MB")
-        return path.read_bytes()
-    except CorruptImageError:
-        raise
-    except FileNotFoundError:
-        raise CorruptImageError("file not found") from None
-    except OSError as error:
-        raise CorruptImageError("cannot be read", error.strerror or type(error).__name__) from error
-    except Exception as error:  # names with NUL or lone surrogates; a file larger than the memory
-        raise CorruptImageError("cannot be read", _words(error)) from error
-
-
-def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tuple[bytes, int, int]:
-    """Decode an image in full and encode it again as plain RGB JPEG, its short side at most `short_side` pixels.
-
-    Returns the JPEG, its width and height. Raises CorruptImageError for whatever is wrong with this one image.
-    """
-    picture = upright_rgb(open_image(_read(path), _file_formats()).image)
-    with rejecting("cannot be encoded"):
-        if min(picture.size) < MIN_SIDE:
-            raise CorruptImageError(f"smaller than {MIN_SIDE} px", f"{picture.width} x {picture.height} px")
-        scale = short_side / min(picture.size)
-        if scale < 1:
-            size = (round(picture.width * scale), round(picture.height * scale))
-            picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-        if max(picture.size) > _MAX_SIDE:
-            raise CorruptImageError(f"a side over {_MAX_SIDE} px", f"{picture.width} x {picture.height} px")
-        picture.info = {}  # a comment of the file would be copied
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=quality)
-        return out.getvalue(), picture.width, picture.height

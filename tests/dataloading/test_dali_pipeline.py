@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eclip.dataloading.images import decode, encode_image, open_image, plain
+from eclip.dataloading.images import corrupt, encode_image, open_image, plain
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
@@ -113,7 +113,7 @@ def test_dali_shows_odd_images_as_torch_does(tmp_path: Path) -> None:
 
 
 def test_both_decoders_refuse_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 70 * 60)
+    monkeypatch.setattr(corrupt, "MAX_PIXELS", 70 * 60)
     large = [jpeg(1, 71, 60), save(photo("RGBA", 70, 61), "PNG"), save(photo("RGB", 90, 50), "WEBP")]
     large.append(jpeg(2, 80, 80, mode="CMYK"))
     index, tokenizer = open_split(tmp_path, products=4, each=2, data=beside_good_ones(large))

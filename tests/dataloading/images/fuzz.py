@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 
-from eclip.dataloading.images import decode
+from eclip.dataloading.images import CorruptImageError, corrupt, encode_image
 from tests.dataloading.images.pictures import valid
 
 SLOW = 20.0
@@ -88,16 +88,16 @@ def fuzz(count: int, seed: int, folder: Path, *, only: int | None = None) -> Out
     """Pack `count` damaged images, or the one numbered `only`; number n of a seed is always the same file."""
     outcome, samples = Outcome(), list(valid())
     path, words = folder / "damaged", folder / "stderr"
-    with mock.patch.object(decode, "MAX_PIXELS", 1_000_000), stderr_to(words):
+    with mock.patch.object(corrupt, "MAX_PIXELS", 1_000_000), stderr_to(words):
         for number in range(count) if only is None else [only]:
             rng = np.random.default_rng((seed, number))
             name, data = samples[number % len(samples)]
             path.write_bytes(damage(data, samples[rng.integers(len(samples))][1], rng))
             start = time.perf_counter()
             try:
-                decode.encode_image(path)
+                encode_image(path)
                 outcome.packed += 1
-            except decode.CorruptImageError as error:
+            except CorruptImageError as error:
                 outcome.reasons[error.reason] += 1
             except Exception:
                 outcome.faults.append(f"{number} ({name}): {traceback.format_exc()}")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from eclip.dataloading.images.decode import STORED, encode_image, open_image
+from eclip.dataloading.images import encode_image, open_image
+from eclip.dataloading.images.decode import STORED
 from eclip.dataloading.images.headers import plain, plain_bytes, png_chunks
 from tests.dataloading.fixtures import jpeg
 from tests.dataloading.images.pictures import exif_block, grey_profile, photo, png, png_chunk, rgb_profile, save

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from eclip.dataloading.errors import DataError
-from eclip.dataloading.images.decode import CorruptImageError
+from eclip.dataloading.images import CorruptImageError
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.tars import open_tars
