@@ -38,8 +38,10 @@ shards=1 warmers=0
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then shards=8 warmers=4; fi
 
 # Tests, and caches filled beside them: 175 s.
-# Only files with such tests: the others may import packages that this machine lacks.
-mapfile -t files < <(grep -rlE 'mark\.gpu\b' tests --include='test_*.py')
+# Only folders with such tests, which a fixture in a conftest.py may mark: the others may import packages that this
+# machine lacks.
+mapfile -t folders < <(grep -rlE 'mark\.gpu\b' tests --include='*.py' | xargs -n 1 dirname | sort -u)
+mapfile -t files < <(find "${folders[@]}" -name 'test_*.py' | sort -u)
 tests=() reports=() jobs=()
 for i in $(seq $shards); do
   tests+=("$work/tests.$i.xml")
