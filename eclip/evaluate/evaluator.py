@@ -33,7 +33,7 @@ class Split:
     index: ShardIndex
     features: Features
     corrupt: list[str]
-    """"key: reason" of each image that could not be decoded."""
+    """One "key: reason" for each image that could not be decoded."""
     facts: dict[int, Product]
     """The products of these images by their positions in the index."""
 
