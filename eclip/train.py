@@ -13,10 +13,9 @@ from .parallel.ranks import Ranks, find_ranks, part, start_ranks
 from .parallel.signals import StopSignals
 from .parallel.torchrun import has_launcher, stopped_status
 from .presets import parse
-from .training.feature_cache.cache import single_image_note
 from .training.finite import NonFiniteLoss
 from .training.metrics import MetricSink, build_sinks
-from .training.prepare import prepare
+from .training.prepare import prepare, single_image_note
 from .training.trainer import Trainer
 
 

@@ -61,6 +61,7 @@ def stall_limit(config: RunConfig, world_size: int) -> float:
 
 
 def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:
+    """This rank's share of every batch; without pixels where the features of images are cached."""
     config = prepared.config
     return ProductLoader(
         prepared.index,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eclip.config import RunConfig
 from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.shards import ShardIndex
@@ -160,6 +162,19 @@ def _repeated_products(config: RunConfig, index: ShardIndex) -> str:
         f"global_batch_size={config.global_batch_size} of {index.num_products} products: a product meets itself in "
         f"every step, as if it were another one; --global-batch-size {index.num_products} or less avoids that"
     )
+
+
+def single_image_note(index: ShardIndex, config: RunConfig) -> str | None:
+    """A line on products with one image only, whose two views show that one image; None where there is none."""
+    count = int((np.diff(index.image_start) == 1).sum())
+    if not count:
+        return None
+    note = f"{count} of {index.num_products} products have one image only: "
+    if not config.cache_features:
+        return note + "two crops of it make their pair"
+    if config.cached_views == 1:
+        return note + "with --cached-views 1 both sides of their pair are the same to the bit; with more they differ"
+    return note + f"two of the {config.cached_views} cached views of it make their pair"
 
 
 def _take_folder(config: RunConfig, checkpoint: Found | None, hold: ExitStack) -> None:

@@ -70,6 +70,7 @@ class Trainer:
             self._say(note)
 
     def save(self) -> None:
+        """A checkpoint of the steps done; all ranks call it."""
         save_checkpoint(
             self.config.run_dir,
             self.step,

@@ -96,7 +96,7 @@ def test_a_second_signal_ends_at_once(first: signal.Signals) -> None:
 
 STUCK = """
 import ctypes
-from eclip import signals
+from eclip.parallel import signals
 signals.GRACE_SECONDS = 0.2
 with signals.StopSignals():
     mutex = ctypes.create_string_buffer(64)

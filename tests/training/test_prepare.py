@@ -1,5 +1,6 @@
 """What a start refuses, that a refusal changes nothing, and what a start records."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 import eclip.training.prepare
 from eclip.dataloading.packing import replace_shards
+from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.system.lock import alone
 from eclip.model.eclip import ECLIP
 from eclip.parallel.signals import Stopped
@@ -19,7 +21,7 @@ from eclip.presets import PRESETS
 from eclip.train import CannotStart, train
 from eclip.training.checkpoint import load_run
 from eclip.training.checkpoint_files import list_checkpoints
-from eclip.training.prepare import prepare
+from eclip.training.prepare import prepare, single_image_note
 from eclip.training.run_folder import read_config
 from tests.dataloading.fixtures import make_split
 from tests.helpers import file_size_limit
@@ -107,6 +109,20 @@ def test_a_batch_larger_than_the_catalogue_is_said(
         assert train(make_config(data_dir, tmp_path / str(size), steps=1, global_batch_size=size), ALONE)
         said = "global_batch_size=10 of 9 products: a product meets itself in every step" in capsys.readouterr().out
         assert said == (size == 10)
+
+
+def test_training_is_told_of_products_with_one_image(tmp_path: Path) -> None:
+    index = ShardIndex.open(make_split(tmp_path / "one", products=3, images=1, tars=1), "train")
+    config = make_config(tmp_path / "one", tmp_path, lock_image=True, lock_text=True, cache_features=True)
+    several = ShardIndex.open(make_split(tmp_path / "several", products=3, images=2, tars=1), "train")
+    assert single_image_note(several, config) is None
+    uncached = dataclasses.replace(config, cache_features=False)
+    assert single_image_note(index, uncached) == (
+        "3 of 3 products have one image only: two crops of it make their pair"
+    )
+    assert "same to the bit" in str(single_image_note(index, dataclasses.replace(config, cached_views=1)))
+    four = dataclasses.replace(config, cached_views=4)
+    assert "two of the 4 cached views of it" in str(single_image_note(index, four))
 
 
 def test_a_run_dir_that_is_a_file_is_refused(data_dir: Path, tmp_path: Path) -> None:

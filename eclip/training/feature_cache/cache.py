@@ -36,19 +36,6 @@ def cache_folder(config: RunConfig) -> Path:
     return config.data.data_dir / "features"
 
 
-def single_image_note(index: ShardIndex, config: RunConfig) -> str | None:
-    """A line on products with one image only, whose two views show that one image; None where there is none."""
-    count = int((np.diff(index.image_start) == 1).sum())
-    if not count:
-        return None
-    note = f"{count} of {index.num_products} products have one image only: "
-    if not config.cache_features:
-        return note + "two crops of it make their pair"
-    if config.cached_views == 1:
-        return note + "with --cached-views 1 both sides of their pair are the same to the bit; with more they differ"
-    return note + f"two of the {config.cached_views} cached views of it make their pair"
-
-
 class FeatureCache:
     """Features of one split, looked up by image row. Every rank opens it, and all fill it together."""
 

@@ -16,7 +16,7 @@ from eclip.dataloading.text import WordPiece
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
 from eclip.presets import PRESETS
-from eclip.training.feature_cache.cache import FeatureCache, single_image_note
+from eclip.training.feature_cache.cache import FeatureCache
 from tests.dataloading.fixtures import jpeg, make_split
 from tests.helpers import rank_environment
 from tests.model.tiny import tiny
@@ -176,19 +176,6 @@ def test_the_choice_of_views_knows_the_column_and_nothing_of_the_batch(
     sides = [cache.lookup(torch.tensor([[0, 4], [4, 0]]), step=step, seed=0).images for step in range(30)]
     assert any(not torch.equal(pair[0, 0], pair[1, 1]) for pair in sides)
     assert any(torch.equal(pair[0, 0], pair[1, 1]) for pair in sides)
-
-
-def test_training_is_told_of_products_with_one_image(tmp_path: Path) -> None:
-    index = ShardIndex.open(make_split(tmp_path / "one", products=3, images=1, tars=1), "train")
-    several = ShardIndex.open(make_split(tmp_path / "several", products=3, images=2, tars=1), "train")
-    assert single_image_note(several, CONFIG) is None
-    uncached = dataclasses.replace(CONFIG, cache_features=False)
-    assert single_image_note(index, uncached) == (
-        "3 of 3 products have one image only: two crops of it make their pair"
-    )
-    assert "same to the bit" in str(single_image_note(index, dataclasses.replace(CONFIG, cached_views=1)))
-    four = dataclasses.replace(CONFIG, cached_views=4)
-    assert "two of the 4 cached views of it" in str(single_image_note(index, four))
 
 
 @pytest.mark.parametrize(("value", "message"), [
