@@ -109,6 +109,7 @@ def slot_attention_absorbed_reference(
 
 
 def _entropy(assignment: Tensor) -> Tensor:
+    """-sum A ln A over queries and tokens: (B, H, T, N) to (B, H)."""
     # Clamped inside the logarithm alone: at A = 0, where softmax underflows, the derivative -ln A - 1 is infinite.
     logarithm = assignment.clamp_min(torch.finfo(assignment.dtype).tiny).log()
     return -(assignment * logarithm).sum((-1, -2))
@@ -118,6 +119,7 @@ def _entropy(assignment: Tensor) -> Tensor:
 
 
 def scale_or_default(scale: float | None, q: Tensor, num_heads: int) -> float:
+    """1 / sqrt(D / H) where the caller gave none."""
     return 1.0 / math.sqrt(q.shape[-1] // num_heads) if scale is None else float(scale)
 
 
@@ -134,6 +136,7 @@ def as_asked(out: Tensor, assignment: Tensor | None, entropy: Tensor | None) -> 
 def check_arguments(
     q: Tensor, num_heads: int, normalize: str, eps: float, query_bias: Tensor | None, query_mask: Tensor | None
 ) -> None:
+    """Raise ValueError for what both forms ask of q and of what comes beside the tokens."""
     require(q.dim() == 3, f"q has shape {tuple(q.shape)}; (B, T, D) is needed")
     batch, num_queries, dim = q.shape
     require(num_queries > 0, "q holds no query; T must be at least 1")
@@ -159,6 +162,7 @@ def check_arguments(
 
 
 def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless k and v are (B, N, D) like q, in its dtype and on its device."""
     require_alike(q=q, k=k, v=v)
     expected = (q.shape[0], k.shape[1] if k.dim() == 3 else "N", q.shape[2])
     for name, x in (("k", k), ("v", v)):
@@ -167,6 +171,7 @@ def check_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_tokens(q: Tensor, tokens: Tensor, w_key: Tensor, w_value: Tensor, token_norm: TokenNorm | None) -> None:
+    """Raise ValueError unless tokens are (B, N, C), weights (D, C), in q's dtype and device, gamma and beta (C,)."""
     require_alike(q=q, tokens=tokens, w_key=w_key, w_value=w_value)
     require(
         tokens.dim() == 3 and tokens.shape[0] == q.shape[0] and tokens.shape[1] > 0,
