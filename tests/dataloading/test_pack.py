@@ -16,7 +16,7 @@ from eclip.dataloading.packing.image_folder import Encoded, ImageFolder
 from eclip.dataloading.schema import Product
 from eclip.dataloading.shards import ShardIndex
 from tests.dataloading.shop import content, listed, members, photo, shop, simple, split_keys
-from tests.helpers import rank_environment
+from tests.helpers import rank_environment, run_command
 
 
 def test_pack_catalog(tmp_path: Path) -> None:
@@ -279,3 +279,10 @@ def test_a_table_and_its_images_are_told_before_any_is_decoded(tmp_path: Path, m
     monkeypatch.setattr(ImageFolder, "encode", lambda *args: encode(*args) if told else pytest.fail("decoded before"))
     pack_catalog(simple(tmp_path), tmp_path, tmp_path / "out", progress=False, tell=told.append)
     assert told
+
+
+@pytest.mark.parametrize("module", ["eclip.dataloading.pack", "eclip.dataloading.demo"])
+def test_packing_needs_no_torch(module: str) -> None:
+    """It takes seconds to import, and the demo's packing starts a process a core."""
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    assert run_command([sys.executable, "-c", code]) == "False\n"
