@@ -1,3 +1,5 @@
+"""A model of the tests' size, the same for every test."""
+
 import pytest
 import torch
 
