@@ -5,9 +5,9 @@
 
 m_ij marks the positives (n_i of row i, n_j of column j): the pair itself, or every pair of equal ids. The B x B matrix
 is never in memory in fp32: a tile of logits is made, reduced to row and column sums and dropped; the backward makes it
-again, or, on a GPU and while that is small, reads exp(s) kept in bf16 (contrastive_ops.py). Traffic saved: the eager
+again, or, on a GPU and while that is small, reads exp(s) kept in bf16 (ops.py). Traffic saved: the eager
 loss writes and reads the logits, both log-softmaxes and the gradients of each, about 6 B^2 numbers (26 GB in fp32 at
-B = 32768). Over ranks, ONE tower is gathered, and column sums, B numbers, are all-reduced (contrastive_distributed.py).
+B = 32768). Over ranks, ONE tower is gathered, and column sums, B numbers, are all-reduced (ranks.py).
 
 Sources: symmetric InfoNCE of CLIP (arXiv 2103.00020); label matrix of e-CLIP (arXiv 2207.00208); mean over positives
 outside the logarithm of SupCon (arXiv 2004.11362).
@@ -32,7 +32,8 @@ from .arguments import (
     check_rows_per_rank,
     num_ranks,
 )
-from .ranks import pair_loss
+from .ops import pair_loss
+from .ranks import rank_share
 
 Positives = Literal["diagonal", "soft", "mask", "supcon"]
 Sides = Literal["both", "rows"]
@@ -129,8 +130,14 @@ def contrastive_loss(
     image, text = (x.to(autocast_dtype(x)) for x in (image_features, text_features))
     if sides == "rows":
         text = text.detach()
-    mode = "share" if positives in ("soft", "supcon") else positives
-    return pair_loss(image, text, scale, bias, image_ids, text_ids, sides, mode, group, rows_per_rank, keep_bytes)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, text, scale, bias))):
+        keep_bytes = 0
+    # Both make a positive of every pair of equal ids, which share their row's and their column's target.
+    which = "all" if positives in ("soft", "supcon") else positives
+    pairs = (image, text, scale, bias, image_ids, text_ids, sides, which)
+    if group is not None and num_ranks(group) > 1:
+        return rank_share(*pairs, group, rows_per_rank, keep_bytes)
+    return pair_loss(*pairs, keep_bytes)
 
 
 def _check(

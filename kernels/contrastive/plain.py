@@ -1,6 +1,6 @@
-"""The ops of contrastive_ops.py in PyTorch, a tile of logits at a time: for CPU tensors, and for float64.
+"""The ops of ops.py in PyTorch, a tile of logits at a time: for CPU tensors, and for float64.
 
-Memory beyond inputs and results: a few tiles. Equations and letters are those of contrastive_ops.py.
+Memory beyond inputs and results: a few tiles. Equations and letters are those of ops.py.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ _TILE = 1024
 
 def plain_statistics(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_statistics`."""
-    image, text, kind = logits.image, logits.text, logits.kind
+    image, text, sides = logits.image, logits.text, logits.sides
     compute = accumulate_dtype(image.dtype)
-    start = 0.0 if kind == "sigmoid" else -torch.inf
+    start = 0.0 if sides == "sigmoid" else -torch.inf
     row_stat = image.new_full((image.shape[0],), start, dtype=compute)
-    col_stat = image.new_full((text.shape[0] if kind == "both" else 0,), start, dtype=compute)
+    col_stat = image.new_full((text.shape[0] if sides == "both" else 0,), start, dtype=compute)
     target = image.new_zeros((image.shape[0],), dtype=compute)
     for rows, cols, s, positive in _tiles(logits):
-        if kind == "sigmoid":
+        if sides == "sigmoid":
             row_stat[rows] -= F.logsigmoid(-s).sum(1)  # softplus() drops exp(-20) and less
         else:
             row_stat[rows] = torch.logaddexp(row_stat[rows], s.logsumexp(1))
-        if kind == "both":
+        if sides == "both":
             col_stat[cols] = torch.logaddexp(col_stat[cols], s.logsumexp(0))
         if positive is not None:
             weight = logits.row_weight[rows, None] + logits.col_weight[cols]
@@ -41,14 +41,14 @@ def plain_gradients(
     logits: Logits, row_stat: Tensor, col_stat: Tensor, factor: Tensor, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`pair_gradients`."""
-    image, text, kind = logits.image, logits.text, logits.kind
+    image, text, sides = logits.image, logits.text, logits.sides
     compute = accumulate_dtype(image.dtype)
     image_out = image.new_zeros((image.shape[0] if wanted.from_rows else 0, image.shape[1]), dtype=compute)
     text_out = text.new_zeros((text.shape[0] if wanted.text else 0, text.shape[1]), dtype=compute)
     bias_out = text.new_zeros((text.shape[0] if wanted.bias else 0,), dtype=compute)
     for rows, cols, s, positive in _tiles(logits):
-        grad = s.sigmoid() if kind == "sigmoid" else (s - row_stat[rows, None]).exp_()
-        if kind == "both":
+        grad = s.sigmoid() if sides == "sigmoid" else (s - row_stat[rows, None]).exp_()
+        if sides == "both":
             grad += s.sub_(col_stat[cols]).exp_()
         if positive is not None:
             grad -= (logits.row_weight[rows, None] + logits.col_weight[cols]).masked_fill_(~positive, 0.0)
@@ -95,7 +95,7 @@ def _tiles(logits: Logits) -> Iterator[tuple[slice, slice, Tensor, Tensor | None
                 positive = row_index[rows, None] == col_index[cols]
             if row_code is not None and col_code is not None:
                 same = row_code[rows, None] == col_code[cols]
-                if logits.mode == "mask":
+                if logits.positives == "mask":
                     s.masked_fill_(same if positive is None else same & ~positive, -torch.inf)
                 else:
                     positive = same if positive is None else same | positive

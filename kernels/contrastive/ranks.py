@@ -1,4 +1,4 @@
-"""The contrastive losses over the pairs of one process, or of all ranks of a group: what is exchanged, and the share.
+"""The contrastive losses over the pairs of all ranks of a group: what is exchanged, and each rank's share.
 
 Each rank holds its rows of the matrix of logits, S_l = scale I_l T_all^T. Its row sums are its own; column sums are
 all-reduced; dI_l = scale G_l T_all is complete; dT = scale (sum over ranks of G_l^T I_l) goes to each text's rank and
@@ -23,58 +23,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..launch import accumulate_dtype
-from .arguments import num_ranks
-from .ops import (
-    contrastive_total,
-    keeps_logits,
-    loss_terms,
-    pair_gradients,
-    pair_statistics,
-)
-from .positives import find_matches, positive_weights
-from .problem import Logits, Wanted, magnitudes, safe_shift
-from .triton_tiles import padded_shape
+from .ops import loss_terms, num_terms, pair_gradients, pair_statistics
+from .options import keeps_logits, padded_shape
+from .problem import Logits, Wanted, find_matches, magnitudes, positive_weights, safe_shift
 
 # torch 2.13 renamed it and warns at every call of the old name; 2.11 has only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def pair_loss(
+def rank_share(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
-    kind: str,
-    mode: str,
-    group: dist.ProcessGroup | None,
+    sides: str,
+    positives: str,
+    group: dist.ProcessGroup,
     rows_per_rank: Sequence[int] | None,
     keep_bytes: int = 0,
 ) -> Tensor:
-    """The total of contrastive_ops.py per pair (and side); with a group, this rank's share of it.
+    """This rank's share of the `pair_loss` of all ranks' rows; collective.
 
-    A share and its gradients are scaled so that their mean over ranks is that of one process with all rows. kind, mode:
-    as in contrastive_ops.py. rows_per_rank, keep_bytes: as in `contrastive_loss`.
+    A share and its gradients are scaled so that their mean over ranks is that of one process with all rows.
+    rows_per_rank: as in `contrastive_loss`. keep_bytes: as in `pair_loss`.
     """
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, text, scale, bias))
-    if not wants_grad:
-        keep_bytes = 0
-    if num_ranks(group) > 1:
-        share: Tensor = _GroupShare.apply(
-            *(image, text, scale, bias, image_ids, text_ids, kind, mode, group, rows_per_rank, keep_bytes)
-        )
-        return share
-    matches = None if image_ids is None or text_ids is None else find_matches(image_ids, text_ids, mode)
-    weights = positive_weights(image, text.shape[0], matches, 0, kind, mode)
-    keep = keeps_logits(image, text.shape[0], kind, keep_bytes)
-    total = contrastive_total(image, text, scale, bias, *(matches or (None, None)), *weights, kind, mode, keep)[0]
-    return total / _num_terms(image.shape[0], kind)
-
-
-def _num_terms(pairs: int, kind: str) -> int:
-    """What a total over so many pairs is divided by."""
-    return 2 * pairs if kind == "both" else pairs
+    share: Tensor = _GroupShare.apply(
+        *(image, text, scale, bias, image_ids, text_ids, sides, positives, group, rows_per_rank, keep_bytes)
+    )
+    return share
 
 
 class RowExchange:
@@ -169,14 +147,14 @@ class Arriving:
         return self.rows
 
 
-def _new_kept(image: Tensor, num_cols: int, own: slice, kind: str, keep_bytes: int) -> Tensor | None:
+def _new_kept(image: Tensor, num_cols: int, own: slice, sides: str, keep_bytes: int) -> Tensor | None:
     """Memory for exp(s) against all texts, where it should be kept; the blocks of `_statistics` write slices of it.
 
     Kernels write whole tiles. Unless the own columns begin and end with one, a block would write into its neighbour:
     such a rank keeps nothing and computes logits again. With local batches that are multiples of 256 none does.
     """
     whole = all(padded_shape(0, edge)[1] == edge for edge in (own.start, own.stop))
-    if not whole or not keeps_logits(image, num_cols, kind, keep_bytes):
+    if not whole or not keeps_logits(image, num_cols, sides, keep_bytes):
         return None
     return image.new_empty(padded_shape(image.shape[0], num_cols), dtype=torch.bfloat16)
 
@@ -202,7 +180,7 @@ def _statistics(
     )
     row_stats, col_stats, targets = zip(before, here, after, strict=True)
     stacked = torch.stack(row_stats)
-    row_stat = stacked.sum(0) if logits.kind == "sigmoid" else stacked.logsumexp(0)
+    row_stat = stacked.sum(0) if logits.sides == "sigmoid" else stacked.logsumexp(0)
     return row_stat, torch.cat(col_stats), torch.stack(targets).sum(0)
 
 
@@ -218,40 +196,42 @@ class _GroupShare(torch.autograd.Function):
         bias: Tensor | None,
         image_ids: Tensor | None,
         text_ids: Tensor | None,
-        kind: str,
-        mode: str,
+        sides: str,
+        positives: str,
         group: dist.ProcessGroup,
         rows_per_rank: Sequence[int] | None,
         keep_bytes: int,
     ) -> Tensor:
         exchange = RowExchange(image, text, group, rows_per_rank)
         own, texts = exchange.own_texts, exchange.text_counts
-        shift = safe_shift(exchange.largest(magnitudes(image, text, bias)), scale, kind)
+        shift = safe_shift(exchange.largest(magnitudes(image, text, bias)), scale, sides)
         all_bias = None if bias is None else exchange.gather(bias, texts)
         # Where columns share their target, they count the rows of all ranks; else this rank's are enough.
-        all_rows = kind == "both" and mode == "share"
+        all_rows = sides == "both" and positives == "all"
         ids = None
         if image_ids is not None and text_ids is not None:
             row_ids = exchange.gather(image_ids, exchange.image_counts) if all_rows else image_ids
             ids = row_ids, exchange.gather(text_ids, texts)
         arriving = exchange.start_gather(text, texts)
-        matches = None if ids is None else find_matches(*ids, mode)
-        row_weight, col_weight = positive_weights(image, sum(texts), matches, 0 if all_rows else own.start, kind, mode)
+        matches = None if ids is None else find_matches(*ids, positives)
+        row_weight, col_weight = positive_weights(
+            image, sum(texts), matches, 0 if all_rows else own.start, sides, positives
+        )
         if all_rows and matches is not None:
             row_weight, matches = row_weight[exchange.own_images], matches.of_rows(exchange.own_images)
         row_match, col_match = matches or (None, None)
         logits = Logits(
             *(image, arriving.rows, scale, all_bias, row_match, col_match, row_weight, col_weight, shift),
-            *(own.start, kind, mode),
+            *(own.start, sides, positives),
         )
-        kept = _new_kept(image, sum(texts), own, kind, keep_bytes)
+        kept = _new_kept(image, sum(texts), own, sides, keep_bytes)
         row_stat, col_stat, target = _statistics(logits, text, arriving, own, kept)
-        if kind == "both":
+        if sides == "both":
             col_stat = exchange.logsumexp(col_stat)
-        terms = loss_terms(row_stat, col_stat[own], target, kind)
+        terms = loss_terms(row_stat, col_stat[own], target, sides)
         # world / B instead of 1 / B_local: the mean over ranks is then the mean over pairs, however they are spread.
-        ctx.factor = exchange.world_size / _num_terms(sum(exchange.image_counts), kind)
-        ctx.exchange, ctx.kind, ctx.mode = exchange, kind, mode
+        ctx.factor = exchange.world_size / num_terms(sum(exchange.image_counts), sides)
+        ctx.exchange, ctx.sides, ctx.positives = exchange, sides, positives
         ctx.save_for_backward(*logits[:8], row_stat, col_stat, shift, kept)
         return terms.sum() * ctx.factor
 
@@ -260,7 +240,7 @@ class _GroupShare(torch.autograd.Function):
         _, text, scale, bias, *_ = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:4])
         image_grad, text_grad, scale_grad, bias_grad = pair_gradients(
-            *(*ctx.saved_tensors, grad * ctx.factor, ctx.exchange.own_texts.start, ctx.kind, ctx.mode, *wanted)
+            *(*ctx.saved_tensors, grad * ctx.factor, ctx.exchange.own_texts.start, ctx.sides, ctx.positives, *wanted)
         )
         return (
             image_grad if wanted.image else None,

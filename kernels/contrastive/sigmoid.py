@@ -4,7 +4,7 @@
 
 z_ij = 1 at the positives (m_ij = 1: the pair itself, or every pair of equal ids) and -1 elsewhere. Every pair is a
 classification of its own: there is no softmax, so no sums to share between ranks. Tiles, traffic and the exchange of
-one tower are those of contrastive_loss.py.
+one tower are those of loss.py.
 
 Source: SigLIP (arXiv 2303.15343), which starts from scale 10 and b = -10.
 
@@ -29,7 +29,8 @@ from .arguments import (
     check_rows_per_rank,
     num_ranks,
 )
-from .ranks import pair_loss
+from .ops import pair_loss
+from .ranks import rank_share
 
 Positives = Literal["diagonal", "all", "mask"]
 
@@ -102,8 +103,10 @@ def sigmoid_loss(
     # A bias a column is what the op takes. Its gradients, B numbers, are summed before they are rounded to the bias's
     # own dtype.
     columns = bias.to(accumulate_dtype(image.dtype)).reshape(()).expand(text.shape[0])
-    mode = "share" if positives == "all" else positives
-    return pair_loss(image, text, scale, columns, image_ids, text_ids, "sigmoid", mode, group, rows_per_rank)
+    pairs = (image, text, scale, columns, image_ids, text_ids, "sigmoid", positives)
+    if group is not None and num_ranks(group) > 1:
+        return rank_share(*pairs, group, rows_per_rank)
+    return pair_loss(*pairs)
 
 
 def _check(

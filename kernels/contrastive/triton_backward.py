@@ -5,9 +5,8 @@
 A backward that keeps the gradients in registers, as attention's does, does not fit D >= 512: they would fill half the
 register file. So a kernel recomputes a tile of logits, makes G of it with one exp and writes that in the features'
 dtype to a block of bounded size, and two GEMMs with fp32 accumulation follow, block after block. Positives are 0 in the
-block and are added in fp32 by contrastive_positives_kernels.py. Where the forward kept exp(s - shift), the block is
-made from that, without a product. No atomics; blocks are added in order. Equations, letters and arguments are those of
-contrastive_ops.py.
+block and are added in fp32 by triton_positives.py. Where the forward kept exp(s - shift), the block is made from that,
+without a product. No atomics; blocks are added in order. Equations, letters and arguments are those of ops.py.
 """
 
 from typing import Any
@@ -19,20 +18,11 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import LOG2E, on_device_of
+from .options import as_kernels_read, padded_shape, seldom_run, tile_options
 from .problem import Logits, Wanted
-from .triton_forward import as_kernels_read, underflows
-from .triton_kept import rescale_kept
+from .triton_forward import underflows
 from .triton_positives import triton_finish
-from .triton_tiles import (
-    column_offsets,
-    no_positives,
-    padded_shape,
-    products,
-    row_factor,
-    seldom_run,
-    store_tile,
-    tile_options,
-)
+from .triton_tiles import column_offsets, no_positives, products, row_factor, store_tile
 
 # A block of G, and its rows: 1 GiB are 16384 x 32768 numbers in bf16. Each block reads and writes the fp32 gradients of
 # its rows and columns: the fewer, the better.
@@ -41,6 +31,7 @@ _BLOCK_ROWS = 16384
 # fp16 ends at 6e-8: G, at most 2, is stored 2^14 times as large, so that entries of 1 / B keep all their bits.
 _FP16_FACTOR = 2.0**14
 _LEAST_HEIGHT = 32  # of a tile of any kernel here
+_RESCALE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -68,7 +59,7 @@ def _contrastive_bwd_kernel(
     num_cols,
     dim,
     offset,
-    KIND: tl.constexpr,
+    SIDES: tl.constexpr,
     ONLINE: tl.constexpr,
     MATCH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -80,7 +71,7 @@ def _contrastive_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A tile of a block of G, if not `unsafe`; if it is, ONLINE, all tiles by few programs, with an exp more each."""
-    if KIND != "sigmoid" and (tl.load(unsafe_ptr) != 0) != ONLINE:
+    if SIDES != "sigmoid" and (tl.load(unsafe_ptr) != 0) != ONLINE:
         return
     tensors = (image_ptr, text_ptr, scale_ptr, bias_ptr, row_code_ptr, col_code_ptr)
     others = (row_stat_ptr, col_stat_ptr, shift_ptr, block_ptr, sums_ptr)
@@ -91,12 +82,12 @@ def _contrastive_bwd_kernel(
         for piece in range(tl.program_id(0), tiles * tl.cdiv(last_col - first_col, BLOCK_C), tl.num_programs(0)):
             _gradient_tile(
                 piece % tiles, piece // tiles, tensors, others, strides, place,
-                KIND, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                SIDES, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
             )  # fmt: skip
     else:
         _gradient_tile(
             tl.program_id(0), tl.program_id(1), tensors, others, strides, place,
-            KIND, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+            SIDES, ONLINE, MATCH, HAS_BIAS, SUMS, FACTOR, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
         )  # fmt: skip
 
 
@@ -108,7 +99,7 @@ def _gradient_tile(
     others,
     strides,
     place,
-    KIND: tl.constexpr,
+    SIDES: tl.constexpr,
     ONLINE: tl.constexpr,
     MATCH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -128,20 +119,9 @@ def _gradient_tile(
     tile_col = first_col + col_tile * BLOCK_C
     row = tile_row + tl.arange(0, BLOCK_R)
     left, right = products(
-        image_ptr,
-        text_ptr,
-        tile_row,
-        tile_col,
-        num_rows,
-        num_cols,
-        image_stride,
-        text_stride,
-        dim,
-        PRECISION,
-        BLOCK_R,
-        BLOCK_C,
-        BLOCK_D,
-    )
+        image_ptr, text_ptr, tile_row, tile_col, num_rows, num_cols, image_stride, text_stride, dim,
+        PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
     factor = tl.load(scale_ptr).to(tl.float32) * LOG2E
     shift = tl.load(shift_ptr).to(tl.float32)
     width = last_col - first_col
@@ -153,17 +133,17 @@ def _gradient_tile(
         else:
             x = right
         x = x * factor + column_offsets(bias_ptr, col, num_cols, shift, HAS_BIAS)[None, :]
-        if KIND == "sigmoid":
+        if SIDES == "sigmoid":
             gradient = 1.0 / (1.0 + tl.exp2(-x))
         elif ONLINE:
             row_stat = tl.load(row_stat_ptr + row, mask=row < num_rows, other=float("inf"))
             gradient = tl.exp2(x + ((shift - row_stat) * LOG2E)[:, None])
-            if KIND == "both":
+            if SIDES == "both":
                 col_stat = tl.load(col_stat_ptr + col, mask=col < num_cols, other=0.0)
                 gradient += tl.exp2(x + ((shift - col_stat) * LOG2E)[None, :])
         else:
             weight = row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
-            if KIND == "both":
+            if SIDES == "both":
                 weight = weight + row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
             gradient = tl.exp2(x) * weight
         gradient = no_positives(gradient, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
@@ -172,6 +152,52 @@ def _gradient_tile(
             at = sums_ptr + tl.cast(row_tile, tl.int64) * width + (col - first_col)
             tl.store(at, sums, mask=col < last_col)
         store_tile(block_ptr, block_stride, tile_row - first_row, half_col - first_col, gradient * FACTOR)
+
+
+@triton.jit
+def _contrastive_rescale_kernel(
+    kept_ptr,  # (R, C) exp(s - shift)
+    row_code_ptr,
+    col_code_ptr,
+    row_stat_ptr,
+    col_stat_ptr,
+    shift_ptr,
+    unsafe_ptr,
+    block_ptr,
+    sums_ptr,
+    kept_stride,
+    block_stride,
+    first_row,
+    first_col,
+    last_row,
+    last_col,
+    num_rows,
+    num_cols,
+    offset,
+    SIDES: tl.constexpr,
+    MATCH: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of a block of G from what the forward kept, unless that is of no use (`unsafe`)."""
+    if tl.load(unsafe_ptr) != 0:
+        return
+    row = first_row + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = first_col + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < last_row)[:, None] & (col < last_col)[None, :]
+    kept_at = kept_ptr + row.to(tl.int64)[:, None] * kept_stride + col[None, :]
+    gradient = tl.load(kept_at, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr).to(tl.float32)
+    weight = row_factor(row_stat_ptr, row, num_rows, shift)[:, None]
+    if SIDES == "both":
+        weight = weight + row_factor(col_stat_ptr, col, num_cols, shift)[None, :]
+    gradient = no_positives(gradient * weight, row_code_ptr, col_code_ptr, row, col, num_rows, num_cols, offset, MATCH)
+    block_row, block_col = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_C
+    store_tile(block_ptr, block_stride, block_row, block_col, gradient)
+    if SUMS:
+        at = sums_ptr + tl.program_id(0).to(tl.int64) * (last_col - first_col) + (col - first_col)
+        tl.store(at, tl.sum(gradient, 0), mask=col < last_col)
 
 
 def triton_gradients(
@@ -190,7 +216,7 @@ def triton_gradients(
     text_sum = text.new_zeros(text.shape, dtype=torch.float32) if wanted.text else None
     col_sum = text.new_zeros((text.shape[0],), dtype=torch.float32) if wanted.bias else None
     if image.shape[0] and text.shape[0]:
-        unsafe = None if logits.kind == "sigmoid" else underflows(logits, row_stat, col_stat)
+        unsafe = None if logits.sides == "sigmoid" else underflows(logits, row_stat, col_stat)
         for rows, cols in _blocks(image, text):
             block, sums = _gradient_block(logits, row_stat, col_stat, unsafe, kept, rows, cols, bias_grad=wanted.bias)
             if image_sum is not None:
@@ -234,19 +260,19 @@ def _gradient_block(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """G without its positives, (rows, columns) in the features' dtype, and column sums of it, a row a tile of rows."""
-    image, text, kind = logits.image, logits.text, logits.kind
+    image, text, sides = logits.image, logits.text, logits.sides
     height, width = rows.stop - rows.start, cols.stop - cols.start
     block = image.new_empty(padded_shape(height, width))[:height, :width]
     # Zeros: one of two kernels writes, and their tiles differ.
     sums = image.new_zeros((triton.cdiv(height, _LEAST_HEIGHT) if bias_grad else 0, width), dtype=torch.float32)
     tensors = (*logits.codes, row_stat, col_stat, logits.shift, unsafe, block, sums)
     place = (rows.start, cols.start, rows.stop, cols.stop, image.shape[0], text.shape[0])
-    choices = {"KIND": kind, "MATCH": logits.matches is not None, "SUMS": bias_grad}
+    choices = {"SIDES": sides, "MATCH": logits.matches is not None, "SUMS": bias_grad}
     with on_device_of(image):
         if kept is not None:
-            rescale_kept(kept, tensors, (*place, logits.offset), **choices)
-        for online in _forms(kind, kept is not None):
-            options = _options(image.dtype, launch.gpu_generation(image), kind, logits.bias is not None, online)
+            _rescale_kept(kept, tensors, (*place, logits.offset), **choices)
+        for online in _forms(sides, kept is not None):
+            options = _options(image.dtype, launch.gpu_generation(image), sides, logits.bias is not None, online)
             grid = _grid(height, width, options)
             _contrastive_bwd_kernel[seldom_run(image, grid[0] * grid[1]) if online else grid](
                 *(image, text, logits.scale, logits.bias, *tensors),
@@ -260,13 +286,28 @@ def _gradient_block(
     return block, sums
 
 
-def _forms(kind: str, kept: bool) -> tuple[bool, ...]:
+def _rescale_kept(kept: Tensor, tensors: tuple[Tensor | None, ...], place: tuple[int, ...], **choices: Any) -> None:
+    """Fill a block of G. tensors: the codes to the sums; place: first_row to offset; choices: flags of the kernel."""
+    first_row, first_col, last_row, last_col, *_ = place
+    block = tensors[-2]
+    assert block is not None
+    grid = (
+        triton.cdiv(last_row - first_row, _RESCALE["BLOCK_R"]),
+        triton.cdiv(last_col - first_col, _RESCALE["BLOCK_C"]),
+    )
+    with on_device_of(kept):
+        _contrastive_rescale_kernel[grid](
+            *(kept, *tensors, kept.stride(0), block.stride(0), *place), **choices, **_RESCALE
+        )
+
+
+def _forms(sides: str, kept: bool) -> tuple[bool, ...]:
     """Values of ONLINE to launch: a flag on the device decides which of two does the work."""
-    return (False,) if kind == "sigmoid" else (True,) if kept else (False, True)
+    return (False,) if sides == "sigmoid" else (True,) if kept else (False, True)
 
 
-def _options(dtype: torch.dtype, generation: int, kind: str, bias: bool, online: bool) -> dict[str, Any]:
-    return tile_options(dtype, generation, small=online, narrow=kind != "sigmoid" and bias)
+def _options(dtype: torch.dtype, generation: int, sides: str, bias: bool, online: bool) -> dict[str, Any]:
+    return tile_options(dtype, generation, small=online, narrow=sides != "sigmoid" and bias)
 
 
 def _grid(height: int, width: int, options: dict[str, Any]) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 A positive's entry of G is a small difference of numbers of order 1 late in training, and of order 1 itself early on: it
 outweighs thousands of negatives. Rounded to bf16 with the rest it would decide the gradient's error, so the tiles of
 the backward hold 0 there and these kernels add it exactly. A program owns a row (or a column) and goes through its
-positives: the pair, and with mode "share" the columns of the same id, which `Matches` lists. Equations, letters and
-arguments are those of contrastive_ops.py.
+positives: the pair, and where these are "all" the columns of the same id, which `Matches` lists. Equations, letters and
+arguments are those of ops.py.
 """
 
 import torch
@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import LOG2E, on_device_of
-from .positives import CODE, END, ORDER, START
-from .problem import Logits
+from .problem import CODE, END, ORDER, START, Logits
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def _contrastive_target_kernel(
     num_cols,
     dim,
     offset,
-    SHARE: tl.constexpr,
+    BY_ID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -59,7 +58,7 @@ def _contrastive_target_kernel(
     target = 0.0
     pair = row + offset
     pair_counts = (pair >= 0) & (pair < num_cols)
-    if SHARE:
+    if BY_ID:
         row_code = tl.load(row_code_ptr + row)
         pair_counts = pair_counts & (tl.load(col_code_ptr + pair, mask=pair_counts, other=-2) != row_code)
         for place in range(tl.load(start_ptr + row), tl.load(end_ptr + row)):
@@ -73,13 +72,15 @@ def _contrastive_target_kernel(
 
 
 @triton.jit
-def _positive_gradient(logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, KIND: tl.constexpr):
+def _positive_gradient(
+    logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, SIDES: tl.constexpr
+):
     """G_ij of a positive."""
-    if KIND == "sigmoid":
+    if SIDES == "sigmoid":
         gradient = 1.0 / (1.0 + tl.exp2(-logit * LOG2E))
     else:
         gradient = tl.exp2((logit - tl.load(row_stat_ptr + row)) * LOG2E)
-    if KIND == "both":
+    if SIDES == "both":
         gradient += tl.exp2((logit - tl.load(col_stat_ptr + col)) * LOG2E)
     return gradient - (tl.load(row_weight_ptr + row) + tl.load(col_weight_ptr + col))
 
@@ -111,8 +112,8 @@ def _contrastive_finish_kernel(
     num_other,
     dim,
     offset,
-    KIND: tl.constexpr,
-    SHARE: tl.constexpr,
+    SIDES: tl.constexpr,
+    BY_ID: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     DOTS: tl.constexpr,
@@ -136,7 +137,7 @@ def _contrastive_finish_kernel(
         bias_grad = tl.load(sums_ptr + own_index)
     pair = own_index + offset
     pair_counts = (pair >= 0) & (pair < num_other)
-    if SHARE:
+    if BY_ID:
         own_code = tl.load(own_code_ptr + own_index)
         pair_counts = pair_counts & (tl.load(other_code_ptr + pair, mask=pair_counts, other=-2) != own_code)
         for place in range(tl.load(start_ptr + own_index), tl.load(end_ptr + own_index)):
@@ -146,7 +147,7 @@ def _contrastive_finish_kernel(
                 row, col = index, own_index
             other, logit = _logit(own, other_ptr, index, other_stride, d, dim, scale, bias_ptr, col, HAS_BIAS)
             gradient = _positive_gradient(
-                logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, KIND
+                logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, SIDES
             )
             total += gradient * other
             bias_grad += gradient
@@ -155,7 +156,9 @@ def _contrastive_finish_kernel(
         if not ROWS:
             row, col = pair, own_index
         other, logit = _logit(own, other_ptr, pair, other_stride, d, dim, scale, bias_ptr, col, HAS_BIAS)
-        gradient = _positive_gradient(logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, KIND)
+        gradient = _positive_gradient(
+            logit, row, col, row_stat_ptr, col_stat_ptr, row_weight_ptr, col_weight_ptr, SIDES
+        )
         total += gradient * other
         bias_grad += gradient
     if FEATURES:
@@ -175,7 +178,7 @@ def _row_options(dim: int) -> dict[str, int]:
 
 def triton_target(logits: Logits) -> Tensor:
     """target (R,) of `pair_statistics`."""
-    image, text, share = logits.image, logits.text, logits.mode == "share"
+    image, text = logits.image, logits.text
     target = torch.empty_like(logits.row_weight)
     with on_device_of(image):
         _contrastive_target_kernel[(image.shape[0],)](
@@ -183,7 +186,7 @@ def triton_target(logits: Logits) -> Tensor:
             *_code_and_ranges(logits, rows=True),
             *(logits.row_weight, logits.col_weight, target),
             *(image.stride(0), text.stride(0), *text.shape, logits.offset),
-            SHARE=share,
+            BY_ID=logits.positives == "all",
             HAS_BIAS=logits.bias is not None,
             **_row_options(image.shape[1]),
         )
@@ -210,7 +213,7 @@ def triton_finish(
     (empty without `sums`).
     """
     own, other = (logits.image, logits.text) if rows else (logits.text, logits.image)
-    count, share = own.shape[0], logits.mode == "share"
+    count = own.shape[0]
     grad = own.new_empty((count if products is not None else 0, dim))
     dots = dots and products is not None
     dot = own.new_empty((count if dots else 0,), dtype=torch.float32)
@@ -224,8 +227,8 @@ def triton_finish(
             *(logits.row_weight, logits.col_weight, row_stat, col_stat, grad, dot, bias_grad),
             *(own.stride(0), other.stride(0), 0 if products is None else products.stride(0)),
             *(len(other), dim, logits.offset if rows else -logits.offset),
-            KIND=logits.kind,
-            SHARE=share,
+            SIDES=logits.sides,
+            BY_ID=logits.positives == "all",
             ROWS=rows,
             FEATURES=products is not None,
             DOTS=dots,
@@ -239,9 +242,9 @@ def triton_finish(
 def _code_and_ranges(logits: Logits, *, rows: bool) -> tuple[Tensor | None, ...]:
     """Codes of this side and of the other, first and last match of each, and the order that these count in.
 
-    None unless positives are shared: else pairs alone are.
+    None unless equal ids are positives: else pairs alone are.
     """
-    if logits.matches is None or logits.mode != "share":
+    if logits.matches is None or logits.positives != "all":
         return (None,) * 5
     own, other = logits.matches if rows else reversed(logits.matches)
     return own[CODE], other[CODE], own[START], own[END], other[ORDER]

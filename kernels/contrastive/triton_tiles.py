@@ -1,18 +1,12 @@
-"""A tile of logits in registers: what the forward and the backward kernels of the contrastive losses begin with.
+"""Device functions that the kernels of the contrastive losses share: a tile of logits in registers, and sums of exp.
 
-Letters, shapes and `shift` are those of contrastive_ops.py. Logits are in units of log 2 there, as exp2 wants them:
+Letters, shapes and `shift` are those of ops.py and problem.py. Logits are in units of log 2 there, as exp2 wants them:
 exp(s - shift) = exp2(x), x = acc * (scale * log2 e) + (bias - shift) * log2 e, one multiply-add an element.
 """
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .. import launch
 from ..launch import LOG2E
 
 
@@ -108,51 +102,13 @@ def store_tile(ptr, stride, first_row, first_col, values):
     tl.store(at, values.to(ptr.dtype.element_ty))
 
 
-def whole_tiles(features: Tensor) -> Tensor:
-    """Features (n, D) as `products` reads them: D a multiple of 64, padded with 0, rows at multiples of 32 bytes.
-
-    A copy unless they are so already. Else loads would need masks, and could not be 16 bytes wide.
-    """
-    missing = -features.shape[1] % 64
-    if missing:
-        return F.pad(features, (0, missing))
-    aligned = features.stride(1) == 1 and features.stride(0) % 16 == 0 and features.data_ptr() % 16 == 0
-    # Offsets within a tile of up to 256 rows are 32 bits wide.
-    return features if aligned and features.stride(0) < 2**23 else features.clone(memory_format=torch.contiguous_format)
+@triton.jit
+def finite(largest):
+    """`largest`, or 0 where it is -inf: a row without any term has no shift, and with 0 its sum is 0 instead of NaN."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
 
 
-def seldom_run(x: Tensor, pieces: int) -> tuple[int]:
-    """Grid of a kernel whose programs mostly return at once, and else share `pieces` of work among them.
-
-    A program a piece would be 65,536 for nothing in a block of G. Of the largest such kernel 2 fit a multiprocessor.
-    """
-    return (min(pieces, 4 * launch.multiprocessors(x)),)
-
-
-def padded_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Shape of memory for `store_tile`: whole tiles, so that no store needs a mask (which would cost registers)."""
-    return triton.cdiv(rows, 128) * 128, triton.cdiv(cols, 256) * 256
-
-
-# Else ptxas aims at 96 or 128 registers here and there, and spills.
-_ALL_REGISTERS = {"maxnreg": 255}
-
-
-def tile_options(dtype: torch.dtype, generation: int, *, small: bool = False, narrow: bool = False) -> dict[str, Any]:
-    """Blocks, warps and stages of a kernel that is little but a matrix product; none of the compile cases spills.
-
-    128 x 256 on Hopper: by arithmetic a 128 x 128 tile reads 64 bytes from L2 for every clock of its tensor cores and
-    this one 48. An L2 that gives some 40 to each multiprocessor (not measured here) bounds both, this one less. narrow:
-    for what would spill with it. small: for kernels that seldom run.
-    """
-    if dtype == torch.float32:  # at full precision the tensor cores are out: TF32 would miss s by 0.05 at scale 100
-        full = {"PRECISION": "ieee", "BLOCK_R": 32, "BLOCK_C": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-        return full | _ALL_REGISTERS
-    half = {"PRECISION": "tf32", "BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4}
-    if small:
-        return half | {"BLOCK_R": 64, "num_warps": 4, "num_stages": 3} | _ALL_REGISTERS
-    if generation < 9:
-        return half | {"BLOCK_D": 32}
-    if generation > 9 or narrow:
-        return half | _ALL_REGISTERS
-    return half | {"BLOCK_C": 256}
+@triton.jit
+def log_of_sum(shift, total):
+    """shift + ln(total), -inf where total is 0; a NaN stays one."""
+    return tl.where(total == 0.0, float("-inf"), shift + tl.log(tl.where(total == 0.0, 1.0, total)))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton import knobs
 
-from eclip.kernels import launch as _launch
+from eclip.kernels import launch
+from eclip.kernels.contrastive import triton_backward, triton_forward
 from tests.kernels import bf16_interp
 
 
@@ -21,7 +22,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if not knobs.runtime.interpret:
         pytest.skip("the process was not started with TRITON_INTERPRET=1 (on a GPU machine the kernels compile)")
     bf16_interp.install()
-    monkeypatch.setattr(_launch, "interpret_on_cpu", True)
+    monkeypatch.setattr(launch, "interpret_on_cpu", True)
     return torch.device("cpu")
 
 
@@ -31,3 +32,20 @@ def path(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "interpreter":
         return request.getfixturevalue("interpreter")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The paths that launch kernels, in turn."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contrastive losses: buffers so small that a batch of 300 takes several panels of rows and several blocks of G."""
+    monkeypatch.setattr(triton_forward, "_PANEL_NUMBERS", 200)
+    monkeypatch.setattr(triton_forward, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_backward, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(triton_backward, "_BLOCK_BYTES", 1)

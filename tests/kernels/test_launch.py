@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from eclip.kernels.contrastive import contrastive_loss
-from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
+from eclip.kernels.contrastive import contrastive_loss, triton_backward
 from eclip.kernels.launch import exact_products
 from tests.kernels.contrastive.checks import make_arguments, value_and_grads
 
@@ -139,13 +138,13 @@ def test_products_of_kernels_are_launched_with_the_switches_off(
     interpreter: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients' GEMMs, which are torch's, after kernels that are ours."""
-    accumulate, seen = contrastive_backward_kernels._accumulate, []
+    accumulate, seen = triton_backward._accumulate, []
 
     def watched(*operands: Any) -> None:
         seen.append(CPU.fp32_precision)
         accumulate(*operands)
 
-    monkeypatch.setattr(contrastive_backward_kernels, "_accumulate", watched)
+    monkeypatch.setattr(triton_backward, "_accumulate", watched)
     torch.set_float32_matmul_precision("high")
     value_and_grads(contrastive_loss, make_arguments(5, 8))
     assert seen == ["ieee", "ieee"]

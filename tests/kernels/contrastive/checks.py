@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from eclip.kernels.contrastive import contrastive_loss, contrastive_loss_reference
+from eclip.kernels.contrastive.ops import pair_gradients, pair_statistics
+from eclip.kernels.contrastive.plain import plain_gradients
+from eclip.kernels.contrastive.problem import Logits, Wanted, magnitudes, positive_weights, safe_shift
 from tests.helpers import assert_as_accurate
 
 Arguments = dict[str, Any]
@@ -51,6 +55,16 @@ def make_arguments(
     if bias:
         arguments["bias"] = torch.randn(keys, generator=generator)
     return arguments | {"positives": positives}
+
+
+def opposed(batch: int, dim: int, **options: Any) -> Arguments:
+    """All cosines near -1: at scale 117 every exp(s - shift) is 0 in fp32."""
+    arguments = make_arguments(batch, dim, scale=117.0, **options)
+    image, text = arguments["image_features"], arguments["text_features"]
+    centre = image.mean(0)
+    arguments["image_features"] = F.normalize(centre + 0.05 * image, dim=-1)
+    arguments["text_features"] = F.normalize(-centre + 0.05 * text, dim=-1)
+    return arguments
 
 
 def on(device: torch.device, arguments: Arguments) -> Arguments:
@@ -110,6 +124,38 @@ def check(
         assert_as_accurate(ours[name], low[name], exact[name], floor=allowed, name=name)
 
 
+def check_contrastive(arguments: Arguments, **options: Any) -> None:
+    check(contrastive_loss, contrastive_loss_reference, arguments, **options)
+
+
+def gradients(logits: Logits, row_stat: Tensor, col_stat: Tensor, factor: float) -> tuple[Tensor, ...]:
+    """Of images, texts, scale and bias, by the op."""
+    shift, offset, sides, positives = logits[-4:]
+    factor_ = torch.tensor(factor, device=shift.device)
+    wanted = (True, True, True, logits.bias is not None)
+    return pair_gradients(*logits[:-4], row_stat, col_stat, shift, None, factor_, offset, sides, positives, *wanted)
+
+
+def exact_gradients(logits: Logits, row_stat: Tensor, col_stat: Tensor, factor: float) -> tuple[Tensor, ...]:
+    """The same in float64, by PyTorch."""
+    statistics = row_stat.double(), col_stat.double(), torch.tensor(factor, device=row_stat.device).double()
+    return plain_gradients(in_float64(logits), *statistics, Wanted(True, True, True, logits.bias is not None))
+
+
+def in_float64(logits: Logits) -> Logits:
+    return Logits._make(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in logits)
+
+
+def statistics(arguments: Arguments, sides: str = "both") -> tuple[Tensor, ...]:
+    """row_stat, col_stat and shift of diagonal positives."""
+    image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
+    weights = positive_weights(image, len(text), None, 0, sides, "diagonal")
+    shift = safe_shift(magnitudes(image, text, None), scale, sides)
+    logits = Logits(image, text, scale, None, None, None, *weights, shift, 0, sides, "diagonal")
+    rows, cols, _ = pair_statistics(logits, None)
+    return rows, cols, shift
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most CPU memory that tensors made by `function` held at once, as PyTorch's allocator saw it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -120,3 +166,15 @@ def peak_bytes(function: Callable[[], object]) -> int:
         held += event.nbytes()  # negative where memory is given back
         peak = max(peak, held)
     return peak
+
+
+class Ignore(torch.autograd.Function):
+    """A function that says that it needs no gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None

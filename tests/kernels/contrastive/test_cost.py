@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from eclip.kernels import launch
-from eclip.kernels.contrastive import contrastive_loss, sigmoid_loss
-from eclip.kernels.contrastive import ops as contrastive_ops
-from eclip.kernels.contrastive import plain as contrastive_plain
-from eclip.kernels.contrastive import ranks as contrastive_distributed
-from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
-from eclip.kernels.contrastive import triton_forward as contrastive_kernels
-from eclip.kernels.contrastive import triton_sums as contrastive_sums
-from tests.kernels.contrastive.checks import Arguments, make_arguments, on, value_and_grads, with_features
-from tests.kernels.contrastive.test_triton_forward import opposed
+from eclip.kernels.contrastive import contrastive_loss, ranks, sigmoid_loss, triton_backward, triton_forward
+from tests.kernels.contrastive.checks import (
+    Arguments,
+    Ignore,
+    make_arguments,
+    on,
+    opposed,
+    value_and_grads,
+    with_features,
+)
 
 NAMES = ("image_features", "text_features", "logit_scale", "bias")
 
@@ -132,8 +133,8 @@ def test_ranks_exchange_no_gradient_of_a_frozen_tower(monkeypatch: pytest.Monkey
     ids = arguments["image_ids"], arguments["text_ids"]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rest = (None, *ids, "both", "share", dist.group.WORLD, None, 0)
-        contrastive_distributed._GroupShare.apply(*given, *rest).backward()
+        rest = (None, *ids, "both", "all", dist.group.WORLD, None, 0)
+        ranks._GroupShare.apply(*given, *rest).backward()
     finally:
         dist.destroy_process_group()
     assert len(sent) == (frozen != "text_features")
@@ -144,45 +145,6 @@ def test_ranks_exchange_no_gradient_of_a_frozen_tower(monkeypatch: pytest.Monkey
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-# --- Gradients of outputs that have none ------------------------------------------------------------------------------
-
-
-def test_outputs_but_the_total_have_no_gradient(path: torch.device) -> None:
-    """Else autograd would make a zero gradient for each, as large as the logits that were kept."""
-    arguments = on(path, with_features(make_arguments(6, 64), torch.bfloat16))
-    leaves = [arguments[name].requires_grad_() for name in NAMES[:3]]
-    ones = torch.ones(6, device=path)
-    outputs = contrastive_ops.contrastive_total(*leaves, *(None,) * 3, ones, ones, "both", "diagonal", True)
-    assert [x.requires_grad for x in outputs] == [True, False, False, False, False]
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        outputs[1].sum().backward()
-
-
-class Ignore(torch.autograd.Function):
-    """A function that says that it needs no gradient of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        return None
-
-
-def test_a_total_without_a_gradient_gives_none(path: torch.device) -> None:
-    arguments = on(path, make_arguments(6, 8))
-    leaves = {name: arguments[name].requires_grad_() for name in NAMES[:3]}
-    loss = contrastive_loss(**arguments)
-    Ignore.apply(loss).backward()
-    assert all(x.grad is None for x in leaves.values())
-    loss = contrastive_loss(**arguments)
-    (loss + 2 * loss).backward()  # used twice
-    once = value_and_grads(contrastive_loss, arguments)
-    for name, x in leaves.items():
-        torch.testing.assert_close(x.grad, 3 * once[name])
-
-
 def test_a_share_without_a_gradient_is_exchanged_nevertheless() -> None:
     """The other ranks, which may have one, wait for it."""
     arguments = make_arguments(6, 8)
@@ -190,18 +152,10 @@ def test_a_share_without_a_gradient_is_exchanged_nevertheless() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         rest = (None, None, None, "both", "diagonal", dist.group.WORLD, None, 0)
-        Ignore.apply(contrastive_distributed._GroupShare.apply(*given, *rest)).backward()
+        Ignore.apply(ranks._GroupShare.apply(*given, *rest)).backward()
     finally:
         dist.destroy_process_group()
     assert all(not x.grad.any() for x in given)
-
-
-def test_a_backward_runs_as_often_as_it_is_asked(path: torch.device) -> None:
-    arguments = on(path, with_features(make_arguments(6, 64), torch.bfloat16))
-    leaves = [arguments[name].requires_grad_() for name in NAMES[:3]]
-    loss = contrastive_loss(**arguments)
-    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # --- Ids --------------------------------------------------------------------------------------------------------------
@@ -215,17 +169,17 @@ def test_ids_are_sorted_once_a_side(path: torch.device, positives: str, sorts: i
     assert count_sorts(lambda: value_and_grads(contrastive_loss, arguments)) == sorts
 
 
-@pytest.mark.parametrize(("mode", "sorts"), [("diagonal", 0), ("mask", 1), ("share", 2)])
-@pytest.mark.parametrize("kind", ["both", "rows", "sigmoid"])
-def test_ranks_sort_ids_once_a_side(kind: str, mode: str, sorts: int) -> None:
+@pytest.mark.parametrize(("positives", "sorts"), [("diagonal", 0), ("mask", 1), ("all", 2)])
+@pytest.mark.parametrize("sides", ["both", "rows", "sigmoid"])
+def test_ranks_sort_ids_once_a_side(sides: str, positives: str, sorts: int) -> None:
     """Of all ranks' rows and columns; blocks of columns that arrive are told by the same sorts."""
-    arguments = make_arguments(20, 24, "diagonal" if mode == "diagonal" else "soft")
+    arguments = make_arguments(20, 24, "diagonal" if positives == "diagonal" else "soft")
     given = [arguments[name].requires_grad_() for name in NAMES[:3]]
     ids = arguments.get("image_ids"), arguments.get("text_ids")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rest = (None, *ids, kind, mode, dist.group.WORLD, None, 0)
-        assert count_sorts(lambda: contrastive_distributed._GroupShare.apply(*given, *rest).backward()) == sorts
+        rest = (None, *ids, sides, positives, dist.group.WORLD, None, 0)
+        assert count_sorts(lambda: ranks._GroupShare.apply(*given, *rest).backward()) == sorts
     finally:
         dist.destroy_process_group()
 
@@ -258,9 +212,9 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
         monkeypatch.setattr(module, name, Launcher())
 
-    watch(contrastive_kernels, "_contrastive_fwd_kernel")
-    watch(contrastive_sums, "_contrastive_sums_kernel")
-    watch(contrastive_backward_kernels, "_contrastive_bwd_kernel")
+    watch(triton_forward, "_contrastive_fwd_kernel")
+    watch(triton_forward, "_contrastive_sums_kernel")
+    watch(triton_backward, "_contrastive_bwd_kernel")
     return launched
 
 
@@ -271,7 +225,7 @@ def test_programs_of_the_fallback_do_not_grow_with_the_batch(
     interpreter: torch.device, monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype
 ) -> None:
     """A few a multiprocessor, which go through all tiles, with the same bits however many they are."""
-    monkeypatch.setattr(contrastive_kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_forward, "_PROGRAMS", 1)
     arguments = with_features(make(100, 16, positives="mask"), dtype)
     results = []
     for multiprocessors in (1, 1000):
@@ -285,13 +239,3 @@ def test_programs_of_the_fallback_do_not_grow_with_the_batch(
             assert max(launched["_contrastive_bwd_kernel"]) > 4  # so that there is something to go through
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
-
-
-def test_plain_tiles_compare_ids_by_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows whose id no column has, and columns whose id no row has, match nothing."""
-    monkeypatch.setattr(contrastive_plain, "_TILE", 4)
-    image, text = torch.randn(2, 6, 8)
-    apart = {"image_ids": torch.arange(6), "text_ids": torch.arange(6) + 100}
-    for positives in ("soft", "mask"):
-        found = contrastive_loss(image, text, 2.0, positives=positives, **apart)
-        torch.testing.assert_close(found, contrastive_loss(image, text, 2.0))

@@ -9,19 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclip.kernels.contrastive import ops as contrastive_ops
-from eclip.kernels.contrastive import plain as contrastive_plain
-from eclip.kernels.contrastive import ranks as contrastive_distributed
-from eclip.kernels.contrastive.loss import KEEP_BYTES, contrastive_loss, contrastive_loss_reference
-from eclip.kernels.contrastive.positives import find_matches, positive_weights
-from eclip.kernels.contrastive.problem import Logits, magnitudes, safe_shift
-from eclip.kernels.launch import launches_triton
+from eclip.kernels.contrastive import KEEP_BYTES, contrastive_loss, contrastive_loss_reference
 from tests.kernels.contrastive.checks import (
     Arguments,
     check,
     make_arguments,
     on,
-    peak_bytes,
     value_and_grads,
     with_features,
 )
@@ -177,12 +170,6 @@ def test_half_precision_features(
     check_loss(path, arguments, keep_bytes=keep_bytes, roundings=roundings)
 
 
-def test_several_tiles_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_plain, "_TILE", 32)
-    for positives in ("soft", "mask"):
-        check_loss(torch.device("cpu"), make_arguments(135, 16, positives, bias=True))
-
-
 @pytest.mark.parametrize("dim, width", [(16, 40), (64, 71), (64, 80)])
 def test_strided_features(path: torch.device, dim: int, width: int) -> None:
     """Rows of a wider matrix; the kernels copy the first two, pad one of them, and read the third where it lies."""
@@ -209,31 +196,6 @@ def test_inputs_are_left_alone(path: torch.device) -> None:
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
     value_and_grads(contrastive_loss, arguments)
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
-
-
-@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
-@pytest.mark.parametrize("kind", ["both", "rows", "sigmoid"])
-def test_blocks_of_columns_make_up_the_whole(path: torch.device, kind: str, positives: str) -> None:
-    """What a rank does while texts arrive: its own columns, then those before and after, where no row has its pair."""
-    arguments = on(path, make_arguments(20, 16, positives, keys=50, bias=True))
-    image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
-    mode = {"soft": "share"}.get(positives, positives)
-    matches = (None, None)
-    if positives != "diagonal":
-        matches = find_matches(arguments["image_ids"], arguments["text_ids"], mode)
-    shift = safe_shift(magnitudes(image, text, bias), scale, kind)
-    weights = torch.rand(20, device=path), torch.rand(50, device=path)
-    own = slice(17, 37)
-    logits = Logits(image, text, scale, bias, *matches, *weights, shift, own.start, kind, mode)
-    whole = contrastive_ops.pair_statistics(logits, None)
-
-    class Arrived:
-        def wait(self) -> Tensor:
-            return text
-
-    parts = contrastive_distributed._statistics(logits, text[own], Arrived(), own, None)
-    for found, expected in zip(parts, whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
@@ -271,28 +233,6 @@ def test_only_requested_gradients() -> None:
         assert not contrastive_loss(image, text, 5.0).requires_grad
 
 
-def test_logits_are_kept_only_for_a_backward(path: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept are bf16 logits within the budget, on the way of the kernels, and only if a gradient will be asked for."""
-    kept = []
-
-    def total(*arguments: Any) -> tuple[Tensor, ...]:
-        kept.append(arguments[-1])
-        return contrastive_ops.contrastive_total(*arguments)
-
-    monkeypatch.setattr(contrastive_distributed, "contrastive_total", total)
-    features = torch.randn(2, 6, 8, device=path).bfloat16()
-    kernels = launches_triton(features)
-    for learnt in (False, True):
-        image, text = features.clone().requires_grad_(learnt).unbind()
-        contrastive_loss(image, text, 5.0)
-        with torch.no_grad():
-            contrastive_loss(image, text, 5.0)
-        contrastive_loss(image, text, 5.0, keep_bytes=2 * 128 * 256 - 1)
-        contrastive_loss(image.float(), text.float(), 5.0)
-        assert kept == [learnt and kernels, False, False, False]
-        kept.clear()
-
-
 def test_autocast_rounds_the_features_alone() -> None:
     """Under autocast the loss is that of features cast by hand; its reference does not round."""
     arguments = make_arguments(40, 16, scale=100.0, bias=True)
@@ -306,56 +246,6 @@ def test_autocast_rounds_the_features_alone() -> None:
     for name, value in found.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, rounded[name].float()), name
-
-
-@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
-def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch, positives: str) -> None:
-    """Twice the batch, twice the memory of value and gradients; the reference takes four times as much."""
-    monkeypatch.setattr(contrastive_plain, "_TILE", 128)  # 64 KiB, an eighth of the smaller batch's image gradient
-
-    def peak(loss: Any, batch: int) -> int:
-        arguments = make_arguments(batch, 128, positives)
-        return peak_bytes(lambda: value_and_grads(loss, arguments))
-
-    small, large = (peak(contrastive_loss, batch) for batch in (1024, 2048))
-    assert 1.5 * small < large <= 2.1 * small
-    assert peak(contrastive_loss_reference, 1024) > 3.5 * peak(contrastive_loss_reference, 512)
-
-
-# --- PyTorch integration ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("positives", ["diagonal", "soft", "mask"])
-@pytest.mark.parametrize("kind", ["both", "rows", "sigmoid"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_opcheck(device: str, kind: str, positives: str) -> None:
-    opcheck(torch.device(device), kind, positives)
-
-
-def test_opcheck_interpreted(interpreter: torch.device) -> None:
-    opcheck(interpreter, "both", "soft")
-
-
-def opcheck(path: torch.device, kind: str, positives: str) -> None:
-    arguments = on(path, make_arguments(9, 8, positives, scale=5.0, keys=9 if kind == "both" else 12, bias=True))
-    mode = {"soft": "share"}.get(positives, positives)
-    # Outputs are contiguous whatever the inputs are; a fake that disagrees breaks torch.compile.
-    arguments["image_features"] = arguments["image_features"].T.contiguous().T
-    leaves = [arguments[n].requires_grad_() for n in ("image_features", "text_features", "logit_scale", "bias")]
-    image, text = leaves[:2]
-    matches = None
-    if positives != "diagonal":
-        matches = find_matches(arguments["image_ids"], arguments["text_ids"], mode)
-    weights = positive_weights(image, len(text), matches, 0, kind, mode)
-    inputs = (*leaves, *(matches or (None, None)), *weights)
-    torch.library.opcheck(contrastive_ops.contrastive_total, (*inputs, kind, mode, False))
-    _, *statistics, kept = contrastive_ops.contrastive_total(*inputs, kind, mode, False)
-    assert kept.numel() == 0
-    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in (*inputs, *statistics))
-    for wanted in ((True, True, True, True), (False, True, True, False), (False, False, True, False)):
-        torch.library.opcheck(
-            contrastive_ops.pair_gradients, (*inputs, None, torch.tensor(2.0, device=path), 0, kind, mode, *wanted)
-        )
 
 
 @pytest.mark.parametrize("positives", ["diagonal", "soft"])

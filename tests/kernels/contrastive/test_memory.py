@@ -16,27 +16,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eclip.kernels.contrastive import contrastive_loss
-from eclip.kernels.contrastive import ops as contrastive_ops
-from eclip.kernels.contrastive import ranks as contrastive_distributed
-from eclip.kernels.contrastive import triton_backward as contrastive_backward_kernels
-from eclip.kernels.contrastive import triton_forward as contrastive_kernels
-from eclip.kernels.contrastive import triton_kept as contrastive_kept_kernels
-from eclip.kernels.contrastive import triton_positives as contrastive_positives_kernels
-from eclip.kernels.contrastive import triton_sums as contrastive_sums
-from eclip.kernels.contrastive import triton_tiles as contrastive_tile
+from eclip.kernels import launch
+from eclip.kernels.contrastive import contrastive_loss, ops, ranks, triton_backward, triton_forward, triton_positives
 from eclip.kernels.contrastive.ops import pair_statistics
+from eclip.kernels.contrastive.options import padded_shape
 from eclip.kernels.contrastive.problem import Logits, magnitudes, safe_shift
-from tests.kernels.contrastive.checks import make_arguments, value_and_grads, with_features
-from tests.kernels.contrastive.test_triton_forward import opposed, tiny  # noqa: F401
+from tests.kernels.contrastive.checks import make_arguments, opposed, value_and_grads, with_features
 from tests.kernels.watch_interp import Builder, watch
 
 KERNELS = {
-    contrastive_kernels: ("_contrastive_fwd_kernel",),
-    contrastive_sums: ("_contrastive_sums_kernel",),
-    contrastive_backward_kernels: ("_contrastive_bwd_kernel",),
-    contrastive_kept_kernels: ("_contrastive_rescale_kernel",),
-    contrastive_positives_kernels: ("_contrastive_target_kernel", "_contrastive_finish_kernel"),
+    triton_forward: ("_contrastive_fwd_kernel", "_contrastive_sums_kernel"),
+    triton_backward: ("_contrastive_bwd_kernel", "_contrastive_rescale_kernel"),
+    triton_positives: ("_contrastive_target_kernel", "_contrastive_finish_kernel"),
 }
 
 
@@ -46,8 +37,8 @@ class NoLaunch:
 
 
 OPS = {
-    torch.ops.eclip.contrastive_total.default: contrastive_ops.contrastive_total,
-    torch.ops.eclip.contrastive_gradients.default: contrastive_ops.pair_gradients,
+    torch.ops.eclip.pair_total.default: ops.pair_total,
+    torch.ops.eclip.pair_gradients.default: ops.pair_gradients,
 }
 
 
@@ -86,38 +77,38 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("batch", "dim", "mode", "keep", "frozen", "most"),
+    ("batch", "dim", "positives", "keep", "frozen", "most"),
     [
         (2**15, 512, "diagonal", False, "", 1.4e9),
         (2**15, 512, "diagonal", True, "", 3.5e9),
         (2**17, 512, "diagonal", False, "", 1.7e9),
-        (2**17, 1024, "share", False, "", 2.4e9),
-        (2**17, 1024, "share", False, "image", 1.9e9),
-        (2**17, 1024, "share", False, "text", 1.9e9),
+        (2**17, 1024, "all", False, "", 2.4e9),
+        (2**17, 1024, "all", False, "image", 1.9e9),
+        (2**17, 1024, "all", False, "text", 1.9e9),
         (2**20, 512, "diagonal", False, "", 6.6e9),
-        (2**20, 1024, "share", False, "", 13.5e9),
+        (2**20, 1024, "all", False, "", 13.5e9),
     ],
 )
 def test_peak_memory(
-    monkeypatch: pytest.MonkeyPatch, batch: int, dim: int, mode: str, keep: bool, frozen: str, most: float
+    monkeypatch: pytest.MonkeyPatch, batch: int, dim: int, positives: str, keep: bool, frozen: str, most: float
 ) -> None:
     """Above the inputs, forward and backward. The goals are 3 GB at 131072 pairs and 20 GB at a million, D = 512."""
-    monkeypatch.setattr(contrastive_ops, "launches_triton", lambda x: True)
-    monkeypatch.setattr(contrastive_ops, "autocast_off", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "launches_triton", lambda x: True)
+    monkeypatch.setattr(ops, "autocast_off", lambda x: contextlib.nullcontext())
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(module, name, NoLaunch())
-    monkeypatch.setattr(contrastive_backward_kernels, "_accumulate", lambda *args: None)
+    monkeypatch.setattr(triton_backward, "_accumulate", lambda *args: None)
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     image, text, scale = empty(batch, dim), empty(batch, dim), empty(1, dtype=torch.float32)
     leaves = [x.requires_grad_(name != frozen) for name, x in (("image", image), ("text", text), ("scale", scale))]
-    ids = None if mode == "diagonal" else empty(batch, dtype=torch.int64)
+    ids = None if positives == "diagonal" else empty(batch, dtype=torch.int64)
     with Allocated() as allocated:
         keep_bytes = 2 * batch * batch if keep else 0
-        contrastive_distributed.pair_loss(*leaves, None, ids, ids, "both", mode, None, None, keep_bytes).backward()
+        ops.pair_loss(*leaves, None, ids, ids, "both", positives, keep_bytes).backward()
     assert [x.grad is not None for x in leaves] == [x.requires_grad for x in leaves]
     assert 0.8 * most < allocated.peak < most, f"{allocated.peak / 1e9:.2f} GB"
 
@@ -143,36 +134,36 @@ def test_kernels_stay_within_their_tensors(watched: torch.device, dtype: torch.d
             value_and_grads(loss, with_features(arguments, dtype))
 
 
-@pytest.mark.parametrize("kind", ["both", "rows"])
-def test_blocks_of_columns_keep_what_the_whole_keeps(watched: torch.device, kind: str) -> None:
+@pytest.mark.parametrize("sides", ["both", "rows"])
+def test_blocks_of_columns_keep_what_the_whole_keeps(watched: torch.device, sides: str) -> None:
     """A rank's own columns and those before and after write slices of one matrix."""
     arguments = with_features(make_arguments(20, 64, keys=700), torch.bfloat16)
     image, text, scale = (arguments[name] for name in ("image_features", "text_features", "logit_scale"))
-    own, shift = slice(256, 512), safe_shift(magnitudes(image, text, None), scale, kind)
+    own, shift = slice(256, 512), safe_shift(magnitudes(image, text, None), scale, sides)
     weights = (torch.ones(20), torch.ones(700))
-    logits = Logits(image, text, scale, None, None, None, *weights, shift, own.start, kind, "diagonal")
-    whole, parts = (torch.zeros(contrastive_tile.padded_shape(20, 700), dtype=torch.bfloat16) for _ in range(2))
+    logits = Logits(image, text, scale, None, None, None, *weights, shift, own.start, sides, "diagonal")
+    whole, parts = (torch.zeros(padded_shape(20, 700), dtype=torch.bfloat16) for _ in range(2))
     pair_statistics(logits, whole)
 
-    class Arrived(contrastive_distributed.Arriving):
+    class Arrived(ranks.Arriving):
         def __init__(self) -> None:
             pass
 
         def wait(self) -> Tensor:
             return text
 
-    contrastive_distributed._statistics(logits, text[own], Arrived(), own, parts)
+    ranks._statistics(logits, text[own], Arrived(), own, parts)
     assert whole[:20, :700].min() > 0
     assert torch.equal(whole[:20, :700], parts[:20, :700])
 
 
 def test_blocks_are_dropped_before_the_next_is_made(
     interpreter: torch.device,
-    tiny: None,  # noqa: F811
+    tiny: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A block is the largest tensor of the backward: two at a time would be another GiB."""
-    make = contrastive_backward_kernels._gradient_block
+    make = triton_backward._gradient_block
     made: list[weakref.ref[Tensor]] = []
 
     def gradient_block(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -181,7 +172,7 @@ def test_blocks_are_dropped_before_the_next_is_made(
         made.append(weakref.ref(block))
         return block, sums
 
-    monkeypatch.setattr(contrastive_backward_kernels, "_gradient_block", gradient_block)
+    monkeypatch.setattr(triton_backward, "_gradient_block", gradient_block)
     value_and_grads(contrastive_loss, make_arguments(200, 16))
     assert len(made) == 4
 

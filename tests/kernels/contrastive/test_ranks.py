@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from eclip.kernels.contrastive import contrastive_loss, ranks, sigmoid_loss
+from eclip.kernels.contrastive import contrastive_loss, ops, ranks, sigmoid_loss
+from eclip.kernels.contrastive.problem import Logits, find_matches, magnitudes, safe_shift
 from tests.helpers import run_torchrun
+from tests.kernels.contrastive.checks import make_arguments, on
 
 WORKER = '''
 import gc
@@ -23,7 +26,7 @@ plain._TILE = 4  # several tiles a rank
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
-def check(group, counts, kind, positives, dtype, bias=False, extra=0, given=False, scale=3.0):
+def check(group, counts, sides, positives, dtype, bias=False, extra=0, given=False, scale=3.0):
     """Every rank knows all rows, computes the reference alone and passes its own rows to the group.
 
     given: the ranks' rows are named instead of exchanged. extra: so many further keys a rank.
@@ -46,16 +49,16 @@ def check(group, counts, kind, positives, dtype, bias=False, extra=0, given=Fals
 
     def run(softmax, sigmoid, rows, columns, dtype, **grouped):
         leaves = [image[rows], text[columns], torch.tensor([scale]), torch.tensor(-1.0)]
-        if kind != "sigmoid":
+        if sides != "sigmoid":
             leaves[3] = column_bias[columns]
         number = torch.promote_types(dtype, torch.float32)
         leaves = [x.to(t).clone().requires_grad_() for x, t in zip(leaves, (dtype, dtype, number, number))]
         options = {} if positives == "diagonal" else {"image_ids": image_ids[rows], "text_ids": text_ids[columns]}
         options |= {"positives": positives, **grouped}
-        if kind == "sigmoid":
+        if sides == "sigmoid":
             value = sigmoid(*leaves, **options)
         else:
-            value = softmax(*leaves[:3], sides=kind, bias=leaves[3] if bias else None, **options)
+            value = softmax(*leaves[:3], sides=sides, bias=leaves[3] if bias else None, **options)
         value.backward()
         return value.detach(), [x.grad for x in leaves]
 
@@ -68,14 +71,14 @@ def check(group, counts, kind, positives, dtype, bias=False, extra=0, given=Fals
         tolerance = TOLERANCE[dtype] * max(1, reference.abs().max()) if reference.numel() else 0
         torch.testing.assert_close(ours.double(), reference.double(), rtol=0, atol=tolerance)
 
-    means = torch.stack([x.double().sum() for x in (share, found[2], found[3] if kind == "sigmoid" else share)])
+    means = torch.stack([x.double().sum() for x in (share, found[2], found[3] if sides == "sigmoid" else share)])
     dist.all_reduce(means, group=group)
     close(means[0] / world, exact)
     close(means[1] / world, expected[2][0])
-    if kind == "sigmoid":
+    if sides == "sigmoid":
         close(means[2] / world, expected[3])
     close(found[0] / world, expected[0][own])
-    if kind == "rows":
+    if sides == "rows":
         assert found[1] is None and expected[1] is None
     else:
         close(found[1] / world, expected[1][keys])
@@ -88,14 +91,14 @@ def check_all(group):
     check(group, [3, 3, 3][:world], "both", "diagonal", torch.float32)
     for counts in ([5, 2, 4], [0, 7, 1], [3, 0, 2]):
         counts = counts[:world]
-        for positives, kind in itertools.product(("diagonal", "soft", "mask"), ("both", "rows")):
-            check(group, counts, kind, positives, torch.float32, given=positives == "soft")
-            check(group, counts, kind, positives, torch.float64, bias=True, extra=2 if kind == "rows" else 0)
+        for positives, sides in itertools.product(("diagonal", "soft", "mask"), ("both", "rows")):
+            check(group, counts, sides, positives, torch.float32, given=positives == "soft")
+            check(group, counts, sides, positives, torch.float64, bias=True, extra=2 if sides == "rows" else 0)
         for positives in ("diagonal", "all", "mask"):
             for dtype in (torch.float32, torch.float64):
                 check(group, counts, "sigmoid", positives, dtype, given=dtype == torch.float64)
-    for kind, positives in (("both", "soft"), ("sigmoid", "all")):
-        check(group, [5, 2, 4][:world], kind, positives, torch.bfloat16)
+    for sides, positives in (("both", "soft"), ("sigmoid", "all")):
+        check(group, [5, 2, 4][:world], sides, positives, torch.bfloat16)
 
 
 def check_kernels(group):
@@ -278,3 +281,35 @@ def test_known_rows_must_be_this_ranks() -> None:
         contrastive_loss(image, text, 2.0, rows_per_rank=(4,))
     with pytest.raises(ValueError, match="5 images and 6 texts"):
         contrastive_loss(image, torch.randn(6, 8), 2.0, sides="rows", rows_per_rank=(5,))
+
+
+@pytest.mark.parametrize("positives", ["diagonal", "all", "mask"])
+@pytest.mark.parametrize("sides", ["both", "rows", "sigmoid"])
+def test_blocks_of_columns_make_up_the_whole(path: torch.device, sides: str, positives: str) -> None:
+    """What a rank does while texts arrive: its own columns, then those before and after, where no row has its pair."""
+    arguments = on(path, make_arguments(20, 16, positives, keys=50, bias=True))
+    image, text, scale, bias = (arguments[n] for n in ("image_features", "text_features", "logit_scale", "bias"))
+    matches = (None, None)
+    if positives != "diagonal":
+        matches = find_matches(arguments["image_ids"], arguments["text_ids"], positives)
+    shift = safe_shift(magnitudes(image, text, bias), scale, sides)
+    weights = torch.rand(20, device=path), torch.rand(50, device=path)
+    own = slice(17, 37)
+    logits = Logits(image, text, scale, bias, *matches, *weights, shift, own.start, sides, positives)
+    whole = ops.pair_statistics(logits, None)
+
+    class Arrived:
+        def wait(self) -> Tensor:
+            return text
+
+    parts = ranks._statistics(logits, text[own], Arrived(), own, None)
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_keep_only_whole_tiles(device: torch.device) -> None:
+    """Else a block of columns would write into its neighbour."""
+    image = torch.zeros(10, 64, dtype=torch.bfloat16, device=device)
+    for start, stop, keeps in ((0, 256, True), (256, 512, True), (200, 456, False), (256, 500, False)):
+        memory = ranks._new_kept(image, 700, slice(start, stop), "both", 2**20)
+        assert (memory is not None) == keeps

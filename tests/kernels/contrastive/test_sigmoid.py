@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclip.kernels.contrastive import plain as contrastive_plain
-from eclip.kernels.contrastive import sigmoid_loss, sigmoid_loss_reference
+from eclip.kernels.contrastive import plain, sigmoid_loss, sigmoid_loss_reference
 from tests.kernels.contrastive.checks import (
     Arguments,
     check,
@@ -61,11 +60,11 @@ def plain_loss(
 @pytest.mark.parametrize("ids", ["clusters", "crossed"])
 def test_reference_and_op_agree_with_plain_formulation(positives: str, ids: str) -> None:
     arguments = make(7, 8, positives, bias=-2.0, scale=7.0, ids=ids)
-    plain = value_and_grads(plain_loss, arguments, torch.float64)
+    expected = value_and_grads(plain_loss, arguments, torch.float64)
     for loss in (sigmoid_loss_reference, sigmoid_loss):
         found = value_and_grads(loss, arguments, torch.float64)
-        assert found.keys() == plain.keys()
-        for name, value in plain.items():
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
 
@@ -112,7 +111,7 @@ def test_half_precision_features(path: torch.device, dtype: torch.dtype, positiv
 
 
 def test_several_tiles_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_plain, "_TILE", 32)
+    monkeypatch.setattr(plain, "_TILE", 32)
     for positives in ("all", "mask"):
         check_loss(torch.device("cpu"), make(135, 16, positives))
 
@@ -168,7 +167,7 @@ def test_autocast_rounds_the_features_alone() -> None:
 
 
 def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_plain, "_TILE", 128)
+    monkeypatch.setattr(plain, "_TILE", 128)
 
     def peak(batch: int) -> int:
         arguments = make(batch, 128, "all")
