@@ -1,4 +1,4 @@
-"""What several test files share: a tolerance, and a way to run code on several ranks."""
+"""What several test files share: a tolerance, a way to run code on several ranks, and the list of our files."""
 
 import os
 import resource
@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -39,6 +39,22 @@ def assert_as_accurate(
     low_error = ((low - exact)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max() / scale).item()
     limit = max(factor * low_error, floor)
     assert error <= limit, f"{name}: relative error {error:.3e}, allowed {limit:.3e} (plain PyTorch: {low_error:.3e})"
+
+
+def our_files(*suffixes: str) -> list[PurePosixPath]:
+    """The project's files with one of `suffixes`, relative to the root; what a run leaves beside them is not ours.
+
+    Those that git knows; where there is no git or no repository (an unpacked archive), those of the folders with code.
+    """
+    command = ["git", "ls-files", "-z"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return sorted(PurePosixPath(name) for name in names if name.endswith(suffixes) and (ROOT / name).is_file())
+    folders = [ROOT / name for name in ("benchmarks", "dataloading", "eclip", "kernels", "tests")]
+    found = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.glob("*"))
+    links = (ROOT / "eclip/kernels", ROOT / "eclip/dataloading")
+    ours = [path for path in found if path.is_file() and not any(path.is_relative_to(link) for link in links)]
+    return sorted(PurePosixPath(path.relative_to(ROOT)) for path in ours if path.name.endswith(suffixes))
 
 
 @contextmanager

@@ -3,15 +3,13 @@
 import importlib
 import re
 import runpy
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT, our_files
 
 
 @pytest.fixture
@@ -30,8 +28,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_every_folder_with_code_is_a_package(metadata: dict[str, Any]) -> None:
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    folders = {Path(file).parent for file in tracked.split()}
+    folders = {file.parent for file in our_files(".py")}
     expected = {f.parts for f in folders if f.parts[:1] == ("eclip",)}
     expected |= {("eclip", *f.parts) for f in folders if f.parts[:1] in (("kernels",), ("dataloading",))}
     assert set(metadata["packages"]) == {".".join(parts) for parts in expected}

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import assert_as_accurate, run_command, run_torchrun
+from tests.helpers import assert_as_accurate, our_files, run_command, run_torchrun
 
 ALL_REDUCE = """
 import sys
@@ -47,3 +47,11 @@ def test_failure_shows_the_output_and_timeout_ends_the_process() -> None:
         run_command([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"])
     with pytest.raises(AssertionError, match=r"(?s)exit code none after 1 s.*still here"):
         run_command([sys.executable, "-c", "import time; print('still here', flush=True); time.sleep(60)"], timeout=1)
+
+
+def test_our_files_are_found_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = our_files(".py", ".md")
+    monkeypatch.setenv("PATH", "")
+    found = our_files(".py", ".md")
+    assert set(known) <= set(found)
+    assert not [file for file in found if file.parts[:2] in (("eclip", "kernels"), ("eclip", "dataloading"))]
