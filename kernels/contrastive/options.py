@@ -75,7 +75,7 @@ _ALL_REGISTERS = {"maxnreg": 255}
 
 
 def tile_options(dtype: torch.dtype, generation: int, *, small: bool = False, narrow: bool = False) -> dict[str, Any]:
-    """Blocks, warps and stages of a kernel that is little but a matrix product; none of the compile cases spills.
+    """Blocks, warps and stages of a kernel that is little but a matrix product; no listed call of compile_check spills.
 
     128 x 256 on Hopper: by arithmetic a 128 x 128 tile reads 64 bytes from L2 for every clock of its tensor cores and
     this one 48. An L2 that gives some 40 to each multiprocessor (not measured here) bounds both, this one less. narrow:
