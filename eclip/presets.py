@@ -69,7 +69,7 @@ PRESETS: dict[PresetName, RunConfig] = {
         ),
         steps=600,
         cached_views=2,
-        # Chosen on the val split (README, "What made it learn").
+        # Chosen on the val split (benchmarks/results/what_made_it_learn.md).
         objective=ObjectiveConfig(
             inter_weight=2.0,
             intra_weight=0.5,

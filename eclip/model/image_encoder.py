@@ -1,6 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): patches and a CLS token through pre-norm blocks.
 
-Parameter names are timm's (patch_embed.proj, blocks.0.attn.qkv, ...); pretrained.py translates Hugging Face's.
+Parameter names are timm's (patch_embed.proj, blocks.0.attn.qkv, ...); weights/pretrained.py knows Hugging Face's too.
 Letters: B images, N = grid * grid patches, S side in pixels, D width.
 """
 

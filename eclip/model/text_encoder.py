@@ -1,7 +1,7 @@
 """BERT's encoder (Devlin et al. 2019, arXiv 1810.04805) on packed ragged text, pooled to one vector a text.
 
 BERT's token-type embedding is the same row for every token of a single text, so it has no parameter here:
-pretrained.py adds that row to the position embedding. BERT's pooler layer (a head of its pretraining) is left out.
+weights/pretrained.py adds that row to the position embedding. BERT's pooler (a head of its pretraining) is left out.
 Letters: n texts, total tokens of all of them, D width.
 """
 

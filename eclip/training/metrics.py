@@ -1,6 +1,7 @@
 """Where the numbers of a run go: a console line, metrics.jsonl, and TensorBoard or Weights & Biases when asked for.
 
-A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only.
+A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only. `Throughput` is where
+the rates among the numbers come from: pairs a second, waits for data, the share of a GPU's peak, memory.
 """
 
 import importlib.util

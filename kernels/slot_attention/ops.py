@@ -32,7 +32,7 @@ from .plain import plain_backward, plain_forward, plain_token_gradients
 # --- Operators: only these know which implementation runs -------------------------------------------------------------
 
 
-def _takes_triton(q: Tensor) -> bool:
+def _takes_kernels(q: Tensor) -> bool:
     """Whether queries (B, H, T, D) and all that belongs to them go to the kernels, or to PyTorch (plain.py)."""
     return launches_triton(q) and supported(q.dtype, *q.shape[-2:]) is None
 
@@ -51,7 +51,7 @@ def core(
     return_map: bool,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = triton_forward if _takes_triton(q) else plain_forward
+    forward = triton_forward if _takes_kernels(q) else plain_forward
     return forward(q, k, v, bias, mask, scale, normalize, eps, norm_eps, return_map, return_entropy)
 
 
@@ -99,7 +99,7 @@ def core_backward(
     token_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q and bias, coefficients, affine; empty tensors for what does not exist or was not asked for."""
-    backward = triton_backward if _takes_triton(q) else plain_backward
+    backward = triton_backward if _takes_kernels(q) else plain_backward
     return backward(
         grad_out,
         grad_mass,
@@ -162,7 +162,7 @@ def token_gradients(
 
     which: "both" products, or that with the "queries" (keys' gradient) or the "grad_outs" (values') alone.
     """
-    product = triton_token_gradients if _takes_triton(queries[0]) else plain_token_gradients
+    product = triton_token_gradients if _takes_kernels(queries[0]) else plain_token_gradients
     return product(coefficients, queries, grad_outs, affines, tokens, which)
 
 

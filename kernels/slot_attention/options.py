@@ -1,9 +1,9 @@
 """What the Triton kernels of slot attention take, and in which blocks, warps and stages each is launched.
 
 Every kernel has one function of shapes, dtype and GPU. Its table is read from the top: the first row whose condition
-holds gives the blocks. Blocks are as large as was found to compile without spilling a register (compile_check), no
-larger. What reaches a kernel as a constexpr is written in capitals; maxnreg=255 stands where ptxas would aim at 80 or
-128 registers, and spill to get there.
+holds gives the blocks. Blocks are as large as was found to compile without spilling a register, no larger; the few
+calls that spill all the same stand in compile_check/report.py. What reaches a kernel as a constexpr is written in
+capitals; maxnreg=255 stands where ptxas would aim at 80 or 128 registers, and spill to get there.
 
 Letters: N tokens, T queries, D channels (of a head, or of the tokens in absorbed form); full: fp32, whose products
 leave the tensor cores and take their operands from registers.

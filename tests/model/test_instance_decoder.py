@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eclip.kernels.slot_attention import ops as core
+from eclip.kernels.slot_attention import ops
 from eclip.model.instance_decoder import InstanceBlock, InstanceDecoder, InstanceQueries
 from tests.model.tiny import tiny
 
@@ -90,8 +90,8 @@ def test_gradients_of_the_kernel_path_are_those_of_the_reference(heads):
 def test_the_token_gradient_is_written_once(monkeypatch):
     """However many blocks read the tokens: the others would each write one and add it up."""
     written = []
-    once = core.plain_token_gradients
-    monkeypatch.setattr(core, "plain_token_gradients", lambda *a: (written.append(len(a[0])), once(*a))[1])
+    once = ops.plain_token_gradients
+    monkeypatch.setattr(ops, "plain_token_gradients", lambda *a: (written.append(len(a[0])), once(*a))[1])
     decoder = InstanceDecoder(tiny(decoder_depth=4)).double()
     gradients(decoder)
     assert written == [4]
