@@ -1,4 +1,4 @@
-"""From an image's bytes to upright 8-bit sRGB pixels: the one place that knows Pillow's modes and moods.
+"""From an image's bytes to upright 8-bit sRGB pixels, whatever Pillow's modes and moods.
 
 Packing, the torch decoder and, for what DALI shows otherwise, the DALI path all come here, so an image has the same
 pixels whichever way it goes: EXIF orientation baked in, ICC profile converted to sRGB, 16 bits scaled to 8, transparent

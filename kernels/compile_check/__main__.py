@@ -35,7 +35,11 @@ _HEADER = f"{'  kernel':38} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>6} {'f
 
 def main(argv: list[str] | None = None) -> int:
     """Print the lines; return the number of faulty kernels."""
-    parser = argparse.ArgumentParser(description=overview, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eclip.kernels.compile_check",
+        description=overview,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--only", default="", help="compile kernels whose call and name contain this")
     parser.add_argument("--call", help="compile what this call launches, for example 'slot_attention queries=7 norm'")

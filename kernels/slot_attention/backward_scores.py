@@ -198,7 +198,7 @@ def slot_attention_bwd_kernel(
             grad_weights = (grad_weights - mean[:, None] * grad_sum[None, :]) * rstd[:, None]
 
         # The softmax over queries. Padded and absent ones take no share of it. Not `softmax_over_queries`: its second
-        # result would wait in registers for the entropy's gradient (3 of 48 compiled cases spill, up to 96 bytes).
+        # result would wait in registers for the entropy's gradient (it spilled 3 of 48 kernels, up to 96 bytes).
         present = query_in
         if mask_ptr is not None:
             present &= tl.load(mask_ptr + image * num_queries + t, mask=query_in, other=0) != 0
