@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from eclip import __version__
+from eclip.dataloading.system.console import say
 
 COMMANDS = {
     "pack": "a table and a folder of images into shards",
@@ -27,17 +28,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "eclip") -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
-        print(_help(prog), end="", file=sys.stderr)
+        say(_help(prog), sys.stderr, end="")
         return 2
     command, *rest = arguments
     if command in ("-h", "--help"):
-        print(_help(prog), end="")
+        say(_help(prog), end="")
         return 0
     if command == "--version":
-        print(f"eclip {__version__}")
+        say(f"eclip {__version__}")
         return 0
     if command not in COMMANDS:
-        print(f"{prog}: error: {_unknown(command, prog)}", file=sys.stderr)
+        say(f"{prog}: error: {_unknown(command, prog)}", sys.stderr)
         return 2
     return _run(command, rest, f"{prog} {command}")
 
@@ -81,6 +82,8 @@ def _help(prog: str) -> str:
 def _unknown(argument: str, prog: str) -> str:
     """What is no command, and the one that looks like it."""
     commands = f"Commands: {', '.join(COMMANDS)}"
+    if not argument:
+        return f"the command is empty (a variable of the shell that is not set?). {commands}"
     if argument.startswith("-"):
         return f"{argument}: a command comes before its flags ({prog} COMMAND [FLAGS]). {commands}"
     if near := get_close_matches(argument.lower(), COMMANDS, n=1):

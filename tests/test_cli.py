@@ -89,6 +89,18 @@ def test_no_such_command_names_the_near_one(argument: str, near: str, capsys: py
 
 def test_no_such_command_and_none_near() -> None:
     assert run("nosuch") == (2, "", f"python -m eclip: error: nosuch: no such command. {COMMANDS}\n")
+
+
+def test_an_empty_command_is_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([""]) == 2
+    assert "error: the command is empty" in capsys.readouterr().err
+
+
+def test_help_that_nobody_can_read_ends_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "eclip", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=rank_environment(), cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
     status, _, err = run("--steps", "3")
     assert status == 2 and "--steps: a command comes before its flags" in err and COMMANDS in err
 
