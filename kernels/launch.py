@@ -21,9 +21,7 @@ interpret_on_cpu = False
 
 
 def launches_triton(x: Tensor) -> bool:
-    """Whether an op's implementation launches its Triton kernels for `x`, or computes in PyTorch."""
-    if x.dtype not in KERNEL_DTYPES:
-        return False
+    """Whether `x` lies where Triton kernels run. Which dtypes and sizes an op's take, its `supported` says."""
     return x.is_cuda or (interpret_on_cpu and bool(knobs.runtime.interpret) and x.device.type == "cpu")
 
 
