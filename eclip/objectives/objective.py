@@ -68,7 +68,7 @@ class Objective(ABC):
     views: ClassVar[Literal[1, 2]]
     """Views of a product that a batch must show."""
     text: ClassVar[Literal["pooled", "tokens"]] = "pooled"
-    """Which output of the text tower it reads."""
+    """Which output of the text tower it reads; `encode_view` gives the pooled one alone so far."""
     needs_momentum: ClassVar[bool]
     """Whether a momentum model stands beside the model."""
 
@@ -140,6 +140,7 @@ class Objective(ABC):
         """
         rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         encoded = self.features(model, momentum, batch, features, step=step, seed=seed)
+        assert len(encoded.views) == self.views, f"{len(encoded.views)} views encoded, {self.views} declared"
         pool = {name: gather_rows(rows, group) for name, rows in encoded.pool.items()}
         local = self.local_losses(
             model, momentum, batch, encoded, pool, step=step, seed=seed, rank=rank, world_size=world_size
