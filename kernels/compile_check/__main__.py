@@ -51,8 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted; start this process without it")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: kernels are compiled at least one at a time")
     if args.readme:
-        README.write_text(renewed(README.read_text(), rows(args.arch, args.timeout, args.jobs)))
+        text = README.read_text(encoding="utf-8")
+        README.write_text(renewed(text, rows(args.arch, args.timeout, args.jobs)), encoding="utf-8")
         return 0
     try:
         listed = [parse(args.call)] if args.call else LISTED

@@ -12,6 +12,8 @@ OPS: dict[str, type[SlotAttentionCall] | type[ContrastiveCall]] = {
     "contrastive": ContrastiveCall,
 }
 Call = SlotAttentionCall | ContrastiveCall
+DTYPES = ("bfloat16", "float16", "float32")
+"""Of the kernels' operands, by torch's names."""
 LISTED: Sequence[Call] = (*SLOT_ATTENTION_CALLS, *CONTRASTIVE_CALLS)
 
 
@@ -38,5 +40,10 @@ def parse(text: str) -> Call:
         if name not in defaults:
             raise ValueError(f"{name!r} is nothing that {op} takes; choose from {', '.join(defaults)}")
         kind = type(defaults[name])
-        chosen[name] = value in ("", "True") if kind is bool else kind(value)
+        try:
+            chosen[name] = value in ("", "True") if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f"{word}: {name} is a whole number; write {name}={defaults[name]}") from None
+        if name == "dtype" and value not in DTYPES:
+            raise ValueError(f"{word}: choose from {', '.join(DTYPES)}")
     return OPS[op](**chosen)

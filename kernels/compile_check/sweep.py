@@ -2,11 +2,9 @@
 
 import random
 
-from .calls import Call
+from .calls import DTYPES, Call
 from .contrastive_calls import ContrastiveCall
 from .slot_attention_calls import SlotAttentionCall
-
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def draw(count: int, seed: int) -> list[Call]:
@@ -28,7 +26,7 @@ def _slot_attention(chance: random.Random) -> Call:
         queries=chance.choice((chance.randint(1, 64), 20)),
         tokens=chance.choice((49, 196, 256, 576, chance.randint(1, 1024))),
         dim=dim,
-        dtype=chance.choice(_DTYPES),
+        dtype=chance.choice(DTYPES),
         batch=chance.choice((1, 8, 64, 1000)),
         heads=heads,
         groups=chance.choice((1, heads)),
@@ -45,7 +43,7 @@ def _slot_attention(chance: random.Random) -> Call:
 
 
 def _contrastive(chance: random.Random) -> Call:
-    dtype = chance.choice(_DTYPES)
+    dtype = chance.choice(DTYPES)
     sides = chance.choice(("both", "rows", "sigmoid"))
     images = chance.choice((chance.randint(1, 4096), 32768))
     positives = chance.choice(("diagonal", "all", "mask"))

@@ -57,6 +57,9 @@ def test_slow_compilation_fails() -> None:
         (("--only", "nothing"), False, "no kernel"),
         (("--call", "slot_attention queeries=3"), False, "'queeries' is nothing that slot_attention takes"),
         (("--call", "attention"), False, "'attention' is no op"),
+        (("--call", "slot_attention queries=many"), False, "queries=many: queries is a whole number"),
+        (("--call", "contrastive dtype=int8"), False, "dtype=int8: choose from bfloat16"),
+        (("--jobs", "0"), False, "--jobs 0"),
     ],
 )
 def test_mistakes_are_named(args: tuple[str, ...], interpret: bool, message: str) -> None:
