@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "dataloading", "eclip", "benchmarks", "tests")
+"""With code, at the top."""
 
 
 def assert_as_accurate(
@@ -50,11 +52,15 @@ def our_files(*suffixes: str) -> list[PurePosixPath]:
     with suppress(OSError, subprocess.CalledProcessError):
         names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         return sorted(PurePosixPath(name) for name in names if name.endswith(suffixes) and (ROOT / name).is_file())
-    folders = [ROOT / name for name in ("benchmarks", "dataloading", "eclip", "kernels", "tests")]
-    found = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.glob("*"))
-    links = (ROOT / "eclip/kernels", ROOT / "eclip/dataloading")
-    ours = [path for path in found if path.is_file() and not any(path.is_relative_to(link) for link in links)]
-    return sorted(PurePosixPath(path.relative_to(ROOT)) for path in ours if path.name.endswith(suffixes))
+    found = [path for folder in FOLDERS for path in files_below(folder)] + [p for p in ROOT.glob("*") if p.is_file()]
+    return sorted(PurePosixPath(path.relative_to(ROOT)) for path in found if path.name.endswith(suffixes))
+
+
+def files_below(folder: str, pattern: str = "*") -> list[Path]:
+    """The files of a top-level folder; the links eclip/kernels and eclip/dataloading are not followed."""
+    links = [ROOT / "eclip/kernels", ROOT / "eclip/dataloading"]
+    found = sorted((ROOT / folder).rglob(pattern))
+    return [path for path in found if path.is_file() and not any(path.is_relative_to(link) for link in links)]
 
 
 @contextmanager

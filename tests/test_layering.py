@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "dataloading", "eclip", "benchmarks", "tests")
+from tests.helpers import FOLDERS, ROOT, files_below
+
 # What a floor may import of ours, by absolute name. Inside kernels and dataloading imports are relative.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": (),
@@ -64,12 +64,6 @@ LATE = {"dali_pipeline": "nvidia"}
 OPTIONAL = {"apex", "nvidia", "onnx", "tensorboard", "transformers", "wandb", "xformers"}
 
 
-def sources(folder: str) -> list[Path]:
-    """Python files of a top-level folder; the links eclip/kernels and eclip/dataloading are not followed."""
-    links = [ROOT / "eclip/kernels", ROOT / "eclip/dataloading"]
-    return [p for p in sorted((ROOT / folder).rglob("*.py")) if not any(p.is_relative_to(link) for link in links)]
-
-
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
     """(absolute name or dots + name, line, whether it runs when the module is imported) of every import in a file."""
 
@@ -94,7 +88,7 @@ def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_respect_the_floors(folder: str) -> None:
     wrong = []
-    for path in sources(folder):
+    for path in files_below(folder, "*.py"):
         depth = len(path.relative_to(ROOT / folder).parts)  # 1 for a file directly in the folder
         for name, line, _ in imports(path):
             top = name.split(".")[0]
@@ -123,7 +117,7 @@ def tenant(path: Path, name: str, folder: str) -> str | None:
 def test_rooms_import_from_lower_floors_alone(folder: str) -> None:
     floor_of = {name: floor for floor, names in enumerate(FLOORS[folder]) for name in names}
     wrong = []
-    for path in sources(folder):
+    for path in files_below(folder, "*.py"):
         mine = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
         if mine == "__init__":
             continue
@@ -153,7 +147,7 @@ def test_floors_name_what_is_there(folder: str) -> None:
 def test_top_level_imports_are_always_installed(folder: str) -> None:
     known = REQUIRED[folder] | set(sys.stdlib_module_names) | {"eclip"}
     wrong = []
-    for path in sources(folder):
+    for path in files_below(folder, "*.py"):
         for name, line, at_top in imports(path):
             top, last = name.split(".")[0], name.split(".")[-1]
             always = (name.startswith(".") or top in known) and last not in LATE
