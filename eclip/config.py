@@ -1,7 +1,8 @@
 """Every setting of a run: frozen dataclasses, one validation place each.
 
 What a room of its own is about stands there: `ModelConfig` in model/settings.py, `ObjectiveConfig` in
-objectives/settings.py. Here are the data's, the optimizer's and the run's, which holds them all.
+objectives/settings.py, `ComputeConfig` in parallel/settings.py. Here are the data's, the optimizer's and the run's,
+which holds them all.
 
 presets.py holds complete sets of them and reads command-line flags. The resolved configuration is saved as
 `config.json` in the run folder, so that evaluation and resume need no flags.
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from .dataloading.schedule import BatchSchedule
 from .model.settings import ModelConfig
 from .objectives.settings import ObjectiveConfig
+from .parallel.settings import ComputeConfig
 from .setting_rules import (
     ONE_OR_MORE,
     POSITIVE,
@@ -73,11 +76,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["adamw", "apex_adam", "muon"] = "adamw"
+    """`adamw` is PyTorch's fused one, `apex_adam` NVIDIA apex's FusedAdam where it is built in, `muon` takes Muon for
+    the matrices of the blocks and AdamW for the rest."""
     learning_rate: float = 1e-4
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """With --batch-schedule: the learning rate is that of the largest batch; a step with a share s of it takes 1,
+    sqrt(s) or s times as much."""
     tower_learning_rate_scale: float = 1.0
     """Factor on the learning rate of both encoders' towers (slowly tuned pretrained towers)."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block of a tower to the one below it (BEiT, MAE)."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.98
@@ -87,6 +98,7 @@ class OptimConfig:
 
     RULES: ClassVar[dict[str, Rule]] = {
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE),
+        "layer_decay": Rule(low=0, high=1, above_low=True),
         **dict.fromkeys(("tower_learning_rate_scale", "weight_decay", "warmup_steps"), ZERO_OR_MORE),
         **dict.fromkeys(("beta1", "beta2"), _BETA),
     }
@@ -103,7 +115,15 @@ class RunConfig:
     """Where every value below starts; other flags override it."""
     run_dir: Path = Path("runs/demo")
     steps: int = 1000
+    epochs: float | None = None
+    """Passes over the catalogue, instead of --steps: the steps are computed from its size at the start."""
     global_batch_size: int = 64
+    """Products of a step, over all ranks."""
+    batch_schedule: str | None = None
+    """Sizes of the global batch from given steps on, e.g. 0:1024,2000:4096, instead of --global-batch-size."""
+    micro_batch: int | None = None
+    """Products that a rank takes at a time. Memory is that of so many; the gradients are still the global batch's, for
+    one more forward pass of the encoders. None: a rank's whole share at once."""
     seed: int = 0
     resume: bool = False
     """Continue from the newest complete checkpoint of run_dir (from step 0 when there is none)."""
@@ -113,6 +133,15 @@ class RunConfig:
     """Steps between checkpoints; one is also written after the last step and at SIGTERM, SIGINT and SIGUSR1."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    validate_every: int = 0
+    """Steps between losses of the val split; the checkpoint with the lowest is kept as well. 0: never."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background, from a copy in host memory, while training goes on."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row whose loss or gradients are NaN or infinite, which are skipped, before the run stops; 0: stop at
+    the first."""
+    profile: bool = False
+    """Trace five steps into run_dir/profile: a chrome trace and a table."""
     log_every: int = 10
     tensorboard: bool = False
     """Also write TensorBoard events to run_dir (needs the package tensorboard)."""
@@ -120,6 +149,8 @@ class RunConfig:
     """Also send metrics to this Weights & Biases project (needs the package wandb)."""
     evaluate: bool = True
     """Evaluate on the test split when training ends."""
+    start_from: Path | None = None
+    """Run folder of a trained ECLIP whose weights, tokenizer and model settings this run begins with."""
     image_weights: Path | None = None
     """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
     text_weights: Path | None = None
@@ -134,6 +165,8 @@ class RunConfig:
     lock_image: bool = False
     """Keep the image tower's weights; only what follows it is trained."""
     lock_text: bool = False
+    unlock_last: int = 0
+    """Of a locked tower, train the last N blocks and what follows them all the same."""
     cache_features: bool = False
     """With a locked image tower: compute its features once into a memory map and train from them."""
     cached_views: int = 1
@@ -146,12 +179,16 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     RULES: ClassVar[dict[str, Rule]] = {
         **dict.fromkeys(
             ("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE
         ),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
+        "epochs": POSITIVE,
+        "micro_batch": ONE_OR_MORE,
+        **dict.fromkeys(("validate_every", "max_nonfinite_steps", "unlock_last"), ZERO_OR_MORE),
         "seed": Rule(low=0, high=2**32 - 1),
         "keep_checkpoints": Rule(low=1, why="at least the newest stays"),
     }
@@ -162,6 +199,16 @@ class RunConfig:
             self.lock_image or not self.cache_features,
             "--cache-features needs --lock-image: features of a tower that trains go stale",
         )
+        require(
+            not self.unlock_last or self.lock_image or self.lock_text,
+            f"--unlock-last {self.unlock_last} without --lock-image or --lock-text: every block trains already",
+        )
+        require(
+            not (self.unlock_last and self.cache_features),
+            f"--unlock-last {self.unlock_last} with --cache-features: the cache holds outputs of the whole tower, whose "
+            f"last blocks would train; use --no-cache-features",
+        )
+        self.schedule  # noqa: B018 (raises for a schedule that cannot be read)
         require(self.wandb != "", "wandb='': give the project's name, --wandb NAME")
         require(
             self.text_weights is None or self.vocab_file is not None,
@@ -183,6 +230,13 @@ class RunConfig:
             f"max_tokens={self.data.max_tokens} exceeds max_positions={self.model.max_positions}; "
             f"lower --max-tokens or raise --max-positions",
         )
+
+    @property
+    def schedule(self) -> BatchSchedule:
+        """The size of every step's global batch."""
+        if self.batch_schedule is None:
+            return BatchSchedule.constant(self.global_batch_size)
+        return BatchSchedule.parse(self.batch_schedule)
 
     def check_files(self, *, resumed: bool = False) -> None:
         """Raise ValueError for a file that a flag names and that is not there: before training, not in its middle.

@@ -13,6 +13,7 @@ from typing import Any
 from .config import DataConfig, OptimConfig, PresetName, RunConfig
 from .model.settings import ModelConfig
 from .objectives.settings import ObjectiveConfig
+from .parallel.settings import ComputeConfig
 from .setting_rules import flag
 from .weights.towers import TOWER_SHAPES
 
@@ -118,7 +119,7 @@ PRESETS: dict[PresetName, RunConfig] = {
 DISPOSABLE_RUNS = (PRESETS["debug"].run_dir,)
 """Run folders whose earlier run is replaced without --overwrite: those of presets that train nothing worth keeping."""
 _RULE = re.compile("───|---")
-_SETTINGS = (RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig)
+_SETTINGS = (RunConfig, ModelConfig, DataConfig, ObjectiveConfig, OptimConfig, ComputeConfig)
 
 
 def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.train") -> RunConfig:

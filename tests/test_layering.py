@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels": (("launch",), ("slot_attention", "contrastive"), ("compile_check",)),
     "dataloading": (
-        ("errors", "file_kinds", "schema"),
+        ("errors", "file_kinds", "schema", "schedule"),
         ("system", "images", "tables", "tars", "vocabulary"),
         ("packing", "text"),
         ("shards",),

@@ -11,6 +11,7 @@ from typing import Any
 from eclip.config import OptimConfig, RunConfig
 from eclip.model.settings import ModelConfig
 from eclip.objectives.settings import ObjectiveConfig
+from eclip.parallel.settings import ComputeConfig
 
 
 def _all(prefix: str, kind: Any, *but: str) -> frozenset[str]:
@@ -20,18 +21,20 @@ def _all(prefix: str, kind: Any, *but: str) -> frozenset[str]:
 MUST_BE_EQUAL = (
     _all("model", ModelConfig, "vocab_size", "kernels")
     | _all("objective", ObjectiveConfig)
-    | {"seed", "global_batch_size", "lock_image", "lock_text", "cased", "data.max_tokens"}
+    | {"seed", "global_batch_size", "lock_image", "lock_text", "unlock_last", "cased", "data.max_tokens"}
     # What the embedded catalogue is composed with: other values would pack it again under the run.
     | {"data.demo_image_size", "data.demo_images_per_product", "data.demo_products"}
 )
-MAY_CHANGE = _all("optim", OptimConfig) | {
-    "preset", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb", "evaluate", "bf16",
+MAY_CHANGE = _all("optim", OptimConfig) | _all("compute", ComputeConfig) | {
+    "preset", "steps", "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb",
+    "evaluate", "bf16", "batch_schedule", "micro_batch", "validate_every", "async_checkpoints", "max_nonfinite_steps",
+    "profile",
     "cache_features", "cached_views", "rank_timeout_seconds", "model.kernels",
     "data.data_dir", "data.decoder", "data.num_workers", "data.stall_seconds", "data.crop_scale",
     "data.flip",
 }  # fmt: skip
 NO_MATTER = frozenset({
-    "run_dir", "resume", "overwrite",
+    "run_dir", "resume", "overwrite", "start_from",
     # The weights and the vocabulary are those of the run folder; a --vocab-file is compared with it by content.
     "image_weights", "text_weights", "image_tower", "text_tower", "vocab_file", "model.vocab_size",
 })  # fmt: skip
