@@ -14,7 +14,7 @@ from .parallel.signals import StopSignals
 from .parallel.torchrun import has_launcher, stopped_status
 from .presets import parse
 from .training.finite import NonFiniteLoss
-from .training.metrics import MetricSink, build_sinks
+from .training.metrics.sinks import MetricSink, build_sinks
 from .training.prepare import prepare, single_image_note
 from .training.trainer import Trainer
 

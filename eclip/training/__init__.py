@@ -6,7 +6,7 @@
     trainer.py      puts them together with momentum.py and optim.py, fills them from the checkpoint; then the loop
     step.py         a batch to its losses, as the one module that FSDP shards
     finite.py       ends the run before a step that is not a number
-    metrics.py      takes the numbers of a step to the console and to files
+    metrics/        takes the numbers of a step to the console and to files
     checkpoint.py   what is saved, and how it is loaded, by any number of ranks
 
 How ranks meet, watch each other and are told to stop is in parallel/.

@@ -24,7 +24,7 @@ from eclip.parallel.ranks import Ranks
 from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
 from eclip.presets import DISPOSABLE_RUNS, PRESETS
 from eclip.training.checkpoint_files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
-from eclip.training.metrics import check_packages
+from eclip.training.metrics.sinks import check_packages
 from eclip.training.resume_rules import describe_changes, require_same_run
 from eclip.training.run_folder import (
     check_usable,

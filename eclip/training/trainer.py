@@ -21,7 +21,8 @@ from eclip.parallel.signals import Stopped, StopSignals
 from eclip.training.build import build_model, make_loader, open_cache
 from eclip.training.checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
 from eclip.training.finite import require_finite
-from eclip.training.metrics import MetricSink, Throughput, count_flops
+from eclip.training.metrics.sinks import MetricSink
+from eclip.training.metrics.throughput import Throughput, count_flops
 from eclip.training.momentum import make_momentum, update_momentum
 from eclip.training.optim import build_optimizer, learning_rate, set_learning_rate
 from eclip.training.prepare import Prepared

@@ -1,37 +1,18 @@
 """Where the numbers of a run go: a console line, metrics.jsonl, and TensorBoard or Weights & Biases when asked for.
 
-A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only. `Throughput` is where
-the rates among the numbers come from: pairs a second, waits for data, the share of a GPU's peak, memory.
+A sink is a function of (steps done, numbers); a run has a list of them, called on rank 0 only.
 """
 
 import importlib.util
 import json
-import re
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from eclip.config import RunConfig
 from eclip.dataloading.system.console import say
 from eclip.files import append_line, replace_text, writing
 
 MetricSink = Callable[[int, Mapping[str, float]], None]
-
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("A100", 312e12), ("A800", 312e12), ("A10", 125e12), ("A30", 165e12), ("A40", 150e12), ("RTX A6000", 155e12),
-    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800 PCIe", 756e12), ("H800", 989e12),
-    ("H200 NVL", 836e12), ("H200", 989e12), ("GH200", 989e12), ("H20", 148e12),
-    ("B200", 2250e12), ("GB200", 2500e12),
-    ("L40S", 362e12), ("L40", 181e12), ("L20", 119.5e12), ("L4", 121e12), ("RTX 6000 Ada", 364e12),
-)  # fmt: skip
-"""Dense bfloat16 peak, FLOP/s (NVIDIA's data sheets), of a GPU whose name has all of these words; the first counts."""
-_PART_OF_A_GPU = re.compile(r"MIG|GRID|\d+[ABCQ]")  # a slice, or a virtual GPU's profile ("A100-20C")
 
 
 def console_sink(total_steps: int) -> MetricSink:
@@ -137,78 +118,6 @@ def build_sinks(config: RunConfig, *, start_step: int = 0) -> list[MetricSink]:
     if config.wandb is not None:
         sinks.append(wandb_sink(config.wandb, config))
     return sinks
-
-
-class Throughput:
-    """Rates since the last report: image-text pairs a second, time spent waiting for data, model FLOPs utilisation."""
-
-    def __init__(self, total_steps: int, start_step: int, pairs_per_step: int, device: torch.device) -> None:
-        self.total_steps, self.pairs_per_step, self.device = total_steps, pairs_per_step, device
-        self.peak_flops = peak_flops(device)
-        self.flops_per_step: float | None = None
-        """FLOPs of one step on one rank; None leaves mfu out."""
-        self.data_seconds, self.reported_step, self.reported_at = 0.0, start_step, time.perf_counter()
-
-    @property
-    def wants_flops(self) -> bool:
-        """Whether one step is still to be counted: on a GPU with a known peak, once."""
-        return self.peak_flops is not None and self.flops_per_step is None
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the fetch of a batch."""
-        began = time.perf_counter()
-        yield
-        self.data_seconds += time.perf_counter() - began
-
-    def report(self, step: int) -> dict[str, float]:
-        """Numbers of the steps since the last report, `step` of them done in all."""
-        now, steps = time.perf_counter(), step - self.reported_step
-        seconds = (now - self.reported_at) / steps
-        values = {
-            "pairs_per_second": self.pairs_per_step / seconds,
-            "data_seconds": self.data_seconds / steps,
-            "memory_gib": peak_memory(self.device) / 2**30,
-            "eta_seconds": (self.total_steps - step) * seconds,
-        }
-        if self.flops_per_step is not None and self.peak_flops is not None:
-            values["mfu"] = self.flops_per_step / seconds / self.peak_flops
-        self.data_seconds, self.reported_step, self.reported_at = 0.0, step, now
-        return values
-
-
-@contextmanager
-def count_flops(throughput: Throughput) -> Iterator[None]:
-    """Around one step: its matrix products become `throughput.flops_per_step`.
-
-    Custom kernels are not seen, so mfu is a lower bound.
-    """
-    with FlopCounterMode(display=False) as counter:
-        yield
-    throughput.flops_per_step = float(counter.get_total_flops())
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 peak of a known GPU, FLOP/s; None for others and for CPUs."""
-    if device.type != "cuda":
-        return None
-    return named_peak(torch.cuda.get_device_name(device))
-
-
-def named_peak(name: str) -> float | None:
-    """Peak of a GPU by the whole words of its name: an L40 is no L4. None for unknown ones and for slices of one."""
-    words = set(re.split(r"[\s_-]+", name))
-    if any(_PART_OF_A_GPU.fullmatch(word) for word in words):
-        return None
-    return next((peak for wanted, peak in PEAK_FLOPS if words.issuperset(wanted.split())), None)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: what PyTorch allocated on the GPU, or this process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def format_count(value: float) -> str:

@@ -1,30 +1,25 @@
-"""Sinks and rates."""
+"""Sinks: what they write, and that nothing half-written stays."""
 
 import dataclasses
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from eclip.files import CannotWrite
 from eclip.presets import PRESETS
-from eclip.training.metrics import (
-    Throughput,
+from eclip.training.metrics.sinks import (
     build_sinks,
     check_packages,
     console_sink,
-    count_flops,
     format_count,
     format_duration,
     format_rate,
     jsonl_sink,
-    named_peak,
 )
 from tests.helpers import file_size_limit
 
@@ -105,24 +100,6 @@ def test_a_rewrite_that_fails_keeps_the_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L20", 119.5),
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989),
-        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 836), ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("A100-PCIE-40GB", 312), ("NVIDIA A10", 125),
-        ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA RTX A6000", 155),
-        ("NVIDIA RTX 6000 Ada Generation", 364),
-        ("NVIDIA A10G", None), ("NVIDIA L4000", None), ("Tesla V100-SXM2-16GB", None), ("NVIDIA A100X", None),
-        ("NVIDIA GeForce RTX 4090", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("GRID A100-20C", None),
-        ("AMD Instinct MI300X", None), ("", None),
-    ],
-)  # fmt: skip
-def test_peaks_by_whole_words(name: str, teraflops: float | None) -> None:
-    assert named_peak(name) == (None if teraflops is None else teraflops * 1e12)
-
-
 class _Wandb:
     """The surface of the package: what `init` was asked for, and ids that it makes."""
 
@@ -183,32 +160,6 @@ def test_tensorboard_purges_what_a_dead_run_logged(
     config = dataclasses.replace(PRESETS["debug"], run_dir=tmp_path, tensorboard=True)
     build_sinks(config, start_step=start)[-1](12, {"loss": 0.5})
     assert made == [(str(tmp_path / "tensorboard"), purge), ("loss", 0.5, 12), "flushed"]
-
-
-def test_throughput() -> None:
-    throughput = Throughput(total_steps=10, start_step=2, pairs_per_step=8, device=torch.device("cpu"))
-    with throughput.waiting():
-        time.sleep(0.02)
-    values = throughput.report(4)
-    seconds = 8 / values["pairs_per_second"]
-    assert 0.01 <= values["data_seconds"] <= seconds
-    assert values["eta_seconds"] == pytest.approx(6 * seconds)
-    assert 0.01 < values["memory_gib"] < 1000
-    assert "mfu" not in values  # no peak is known for a CPU
-    assert throughput.report(5)["data_seconds"] == 0
-
-
-def test_mfu_from_counted_flops() -> None:
-    throughput = Throughput(total_steps=2, start_step=0, pairs_per_step=1, device=torch.device("cpu"))
-    throughput.peak_flops = 1e12
-    assert throughput.wants_flops
-    weight = torch.randn(16, 32, requires_grad=True)
-    with count_flops(throughput):
-        (torch.randn(8, 16) @ weight).sum().backward()
-    assert throughput.flops_per_step == 2 * 2 * 8 * 16 * 32  # the product and its gradient for the weight
-    assert not throughput.wants_flops
-    values = throughput.report(1)
-    assert values["mfu"] == pytest.approx(throughput.flops_per_step * values["pairs_per_second"] / 1e12)
 
 
 def test_sinks_of_a_run(tmp_path: Path) -> None:
