@@ -41,6 +41,9 @@ class Ranks:
     """gloo over all ranks, for host work: its collectives have waited when they return, also beside NCCL."""
     watch: Watch | None = None
     """Signs of life, failures and stops of the others; None when there is one rank."""
+    local_rank: int = 0
+    local_size: int = 1
+    """This rank's number on its machine, and how many ranks are there."""
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -86,11 +89,14 @@ class Ranks:
         return cast(list[T], items)
 
     def highest(self, value: int) -> int:
-        """The largest `value` of any rank, by a device collective: faster than the host group's ring of many ranks."""
-        if self.mesh is None:
+        """The largest `value` of any rank, by the host group: nobody waits for what the device has still to do."""
+        if self.host_group is None:
             return value
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        options, found = dist.AllreduceOptions(), torch.tensor([value])
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        if self.watch is not None:  # the group's own limit is for work that takes hours
+            options.timeout = timedelta(seconds=self.watch.timeout)
+        self.host_group.allreduce([found], options).wait()
         return int(found)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -146,7 +152,16 @@ def start_ranks(watch: Watch | None) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
-    return Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh, host_group=host_group, watch=watch)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        mesh=mesh,
+        host_group=host_group,
+        watch=watch,
+        local_rank=place.local_rank or 0,
+        local_size=place.local_size,
+    )
 
 
 def _gpu_of(place: Place) -> int:
