@@ -10,5 +10,6 @@
 eclip.py               `ECLIP`, which joins the parts; training and evaluation call its methods
 image_encoder.py       a ViT with timm's names      text_encoder.py  BERT on ragged text, pooled
 instance_decoder.py    slot attention over the tokens, self-attention among the queries
-transformer.py         blocks that the three share  settings.py      `ModelConfig`
+transformer.py         blocks that the three share  ragged.py        packed texts, attention inside each
+settings.py            `ModelConfig`
 """

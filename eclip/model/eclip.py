@@ -3,7 +3,7 @@
 Each encoder is split in two, tower and projection, because a locked tower's output can be computed once and cached:
 encode_image = project_image(image_tower(...)), encode_text = project_text(text_tower(...)).
 
-Letters: B images, N patch tokens, T queries, D = embed_dim, n texts.
+Letters: B images, N patch tokens (K of them kept), T queries, D = embed_dim, n texts.
 """
 
 import math
@@ -29,7 +29,7 @@ class ImageFeatures:
     cls: Tensor
     """(B, D) global feature."""
     tokens: Tensor
-    """(B, N, D) patch tokens, row by row from the top left."""
+    """(B, N, D) patch tokens, row by row from the top left, or the K kept ones."""
 
 
 class ECLIP(nn.Module):
@@ -54,30 +54,36 @@ class ECLIP(nn.Module):
         # One element, not a scalar: FSDP2 shards dimension 0.
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(INITIAL_TEMPERATURE)))
 
-    def image_tower(self, images: Tensor) -> Tensor:
-        """images: (B, 3, S, S) uint8 RGB, or float already normalised. Returns (B, 1+N, vision_width), CLS first."""
-        return self.image_encoder(images)
+    def image_tower(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """images: (B, 3, S, S) uint8 RGB, or float already normalised. Returns (B, 1+N, vision_width), CLS first.
+
+        kept: (K,) sorted int64, the patch tokens that the tower computes, for (B, 1+K, vision_width); None for all.
+        """
+        return self.image_encoder(images, kept)
 
     def project_image(self, tower_output: Tensor) -> ImageFeatures:
         """g_I of every token of `image_tower`'s output."""
         projected = self.image_projection(tower_output)
         return ImageFeatures(projected[:, 0], projected[:, 1:])
 
-    def encode_image(self, images: Tensor) -> ImageFeatures:
-        """images: (B, 3, S, S) uint8 RGB, or float already normalised."""
-        return self.project_image(self.image_tower(images))
+    def encode_image(self, images: Tensor, kept: Tensor | None = None) -> ImageFeatures:
+        """images: (B, 3, S, S) uint8 RGB, or float already normalised; kept: as in `image_tower`."""
+        return self.project_image(self.image_tower(images, kept))
 
-    def text_tower(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Ragged texts, tokens (total,) int64 and cu_seqlens (n+1,) int32, to pooled (n, text_width)."""
-        return self.text_encoder(tokens, cu_seqlens)
+    def text_tower(self, tokens: Tensor, cu_seqlens: Tensor, *, longest: int | None = None) -> Tensor:
+        """Ragged texts, tokens (total,) int64 and cu_seqlens (n+1,) int32, to pooled (n, text_width).
+
+        longest: tokens of the longest text, or more, for who knows it: else the device is waited for to read it.
+        """
+        return self.text_encoder(tokens, cu_seqlens, longest=longest)
 
     def project_text(self, tower_output: Tensor) -> Tensor:
         """g_T: (n, text_width) -> (n, D), not normalised."""
         return self.text_projection(tower_output)
 
-    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Ragged texts to (n, D), not normalised."""
-        return self.project_text(self.text_tower(tokens, cu_seqlens))
+    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, *, longest: int | None = None) -> Tensor:
+        """Ragged texts to (n, D), not normalised; longest: as in `text_tower`."""
+        return self.project_text(self.text_tower(tokens, cu_seqlens, longest=longest))
 
     def decode(self, tokens: Tensor, prompts: Tensor, modality: Tensor, *, return_map: bool = False) -> DecoderOutput:
         """tokens: (B, N, D); prompts: (B, T, D), any length; modality: (B, T) int64, 0 text, 1 image.

@@ -1,7 +1,7 @@
 """Vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929): patches and a CLS token through pre-norm blocks.
 
 Parameter names are timm's (patch_embed.proj, blocks.0.attn.qkv, ...); weights/pretrained.py knows Hugging Face's too.
-Letters: B images, N = grid * grid patches, S side in pixels, D width.
+Letters: B images, N = grid * grid patches (K of them kept), S side in pixels, D width.
 """
 
 import torch
@@ -59,10 +59,11 @@ class ImageEncoder(nn.Module):
             return images
         return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, S, S) uint8, or float already normalised. Returns (B, 1+N, D).
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """images: (B, 3, S, S) uint8, or float already normalised. Returns (B, 1+N, D), with `kept` (B, 1+K, D).
 
-        Raises ValueError for another S.
+        kept: (K,) int64 indices of the patches that go through the blocks, beside CLS; they keep their positions.
+        Source: patch dropout (arXiv 2208.07220, 2212.00794). Raises ValueError for another S.
         """
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
@@ -72,6 +73,8 @@ class ImageEncoder(nn.Module):
             )
         patches = self.patch_embed(self.normalise(images))
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        if kept is not None:
+            x = x.index_select(1, torch.cat([kept.new_zeros(1), kept + 1]))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

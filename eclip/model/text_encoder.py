@@ -7,8 +7,9 @@ Letters: n texts, total tokens of all of them, D width.
 
 from torch import Tensor, nn
 
+from eclip.model.ragged import Ragged
 from eclip.model.settings import ModelConfig
-from eclip.model.transformer import PostNormBlock, Ragged, init_transformer
+from eclip.model.transformer import PostNormBlock, init_transformer
 
 BERT_EPS = 1e-12
 
@@ -43,12 +44,13 @@ class TextEncoder(nn.Module):
             x = block(x, ragged)
         return x
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, longest: int | None = None) -> Tensor:
         """tokens: (total,) int64; cu_seqlens: (n+1,) int32, text s being tokens[cu_seqlens[s]:cu_seqlens[s+1]].
 
-        Returns (n, D). Raises ValueError for an empty text or one longer than max_positions.
+        longest: tokens of the longest text, or more; given, nothing is read from the device. Returns (n, D). Raises
+        ValueError for one longer than max_positions, and, where longest is not given, for an empty text.
         """
-        ragged = Ragged.from_cu_seqlens(cu_seqlens)
+        ragged = Ragged.from_cu_seqlens(cu_seqlens, total=len(tokens), longest=longest)
         x = self.hidden(tokens, ragged)
         if self.config.text_pooling == "cls":
             return x.index_select(0, ragged.starts)

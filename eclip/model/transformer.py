@@ -4,67 +4,16 @@ A vision transformer normalises before each sub-layer, BERT and the instance dec
 the same attention and the same two-layer perceptron with exact (erf) GELU.
 
 Text is ragged: everything that acts on single tokens runs on the packed (total, D) rows, so that padding costs nothing
-there; only attention needs to know the sequences, and `attend_ragged` is the one place that does.
+there; only attention needs to know the sequences, see ragged.py.
 
-Letters: B images or sequences, N tokens, H heads, D width, total = rows of a packed ragged batch.
+Letters: B images or sequences, N tokens, D width, total = rows of a packed ragged batch.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Ragged:
-    """Where the rows of a packed (total, D) batch of n sequences lie in its padded (n, longest) form."""
-
-    rows: Tensor
-    """(total,) int64: row of token i in the flattened padded form."""
-    present: Tensor
-    """(n, longest) bool: False where the padded form holds no token."""
-    starts: Tensor
-    """(n,) int64: packed row of each sequence's first token."""
-    lengths: Tensor
-    """(n,) int64."""
-    positions: Tensor
-    """(total,) int64: position of token i in its sequence."""
-    sequence: Tensor
-    """(total,) int64: sequence of token i."""
-
-    @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> "Ragged":
-        """cu_seqlens: (n+1,) integers, 0 first, not decreasing; sequence s is rows cu_seqlens[s]:cu_seqlens[s+1].
-
-        Raises ValueError when a sequence is empty: it has no token to pool.
-        """
-        bounds = cu_seqlens.to(torch.int64)
-        starts, lengths = bounds[:-1], bounds.diff()
-        if lengths.numel() == 0 or int(lengths.min()) < 1:
-            raise ValueError("cu_seqlens describes an empty text; every text needs at least one token ([CLS], [SEP])")
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths)
-        positions = torch.arange(len(sequence), device=bounds.device) - starts[sequence]
-        longest = int(lengths.max())
-        present = torch.arange(longest, device=bounds.device) < lengths[:, None]
-        return cls(sequence * longest + positions, present, starts, lengths, positions, sequence)
-
-
-def attend_ragged(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
-    """Self-attention inside each sequence of a packed batch: pad, attend under a mask, pack again.
-
-    q, k, v: (total, H, head_dim). Returns (total, H, head_dim). This is where a variable-length GPU kernel would enter:
-    it takes the same packed rows and cu_seqlens, and nothing else in the model sees padding.
-    """
-    n, longest = ragged.present.shape
-
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros(n * longest, *x.shape[1:]).index_copy(0, ragged.rows, x)
-        return padded.view(n, longest, *x.shape[1:]).transpose(1, 2)
-
-    mask = ragged.present[:, None, None, :]
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, ragged.rows)
+from eclip.model.ragged import Ragged, attend_ragged
 
 
 class Attention(nn.Module):

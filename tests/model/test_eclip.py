@@ -20,11 +20,17 @@ def test_encoders_are_tower_then_projection(model):
     assert (features.cls.shape, features.tokens.shape, tower.shape) == ((3, 16), (3, 16, 16), (3, 17, 32))
     torch.testing.assert_close(features.cls, model.image_projection(tower[:, 0]))
     torch.testing.assert_close(features.tokens, model.project_image(tower).tokens)
+    kept = torch.tensor([2, 5])
+    assert model.image_tower(images, kept).shape == (3, 3, 32)
+    some = model.encode_image(images, kept).tokens
+    torch.testing.assert_close(some, model.image_projection(model.image_tower(images, kept)[:, 1:]))
     tokens, cu_seqlens = torch.arange(7), torch.tensor([0, 3, 7], dtype=torch.int32)
     assert model.text_tower(tokens, cu_seqlens).shape == (2, 24)
     torch.testing.assert_close(
         model.encode_text(tokens, cu_seqlens), model.project_text(model.text_tower(tokens, cu_seqlens))
     )
+    told = model.encode_text(tokens, cu_seqlens, longest=6)
+    torch.testing.assert_close(told, model.encode_text(tokens, cu_seqlens))
 
 
 @pytest.mark.parametrize("tower_width", [12, 32])

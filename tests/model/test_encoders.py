@@ -32,6 +32,24 @@ def test_tokens_are_in_row_order():
     assert differs == [7]
 
 
+@torch.no_grad()
+def test_kept_patches_alone_go_through_the_blocks():
+    """They keep their positions, and the others are as if they had never been."""
+    encoder = ImageEncoder(tiny()).double()
+    images, kept = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 6, 7, 15])
+    x = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+    x = torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1), x[:, kept]], dim=1)
+    for block in encoder.blocks:
+        x = block(x)
+    torch.testing.assert_close(encoder(images, kept), encoder.norm(x))
+    assert torch.equal(encoder(images, torch.arange(16)), encoder(images))
+    rest = [i for i in range(16) if i not in kept]
+    for patch in rest:
+        row, column = 8 * (patch // 4), 8 * (patch % 4)
+        images[:, :, row : row + 8, column : column + 8] = torch.nan
+    assert encoder(images, kept).isfinite().all()
+
+
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 3, 40, 40\).*\(B, 3, 32, 32\).*--model.image-size"):
         ImageEncoder(tiny())(torch.zeros(1, 3, 40, 40))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eclip.model.transformer import Attention, PostNormBlock, Ragged, attend_ragged
+from eclip.model.ragged import Ragged, attend_ragged
+from eclip.model.transformer import Attention, PostNormBlock
 
 
 def bounds(*lengths):
@@ -16,6 +17,9 @@ def test_ragged_layout():
     assert ragged.positions.tolist() == [0, 1, 0, 1, 2, 3, 0]
     assert ragged.sequence.tolist() == [0, 0, 1, 1, 1, 1, 2]
     assert ragged.present.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    told = Ragged.from_cu_seqlens(bounds(2, 4, 1), total=7, longest=6)  # at least the longest
+    assert told.rows.tolist() == [0, 1, 6, 7, 8, 9, 12]
+    assert told.present.sum(1).tolist() == [2, 4, 1] and told.present.shape == (3, 6)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 2), ()])
