@@ -1,12 +1,12 @@
 """The DALI decode path: crop-in-decode, resize and mirror, on the CPU (`cpu` backend) or on a GPU (`mixed`).
 
-DALI gets the bytes, boxes and mirror flags of a step from a callable of the batch index, so that order, pairs and
-crops stay ours (sampling.py) and a resumed run starts its pipeline at any step. It gets what it shows as Pillow does,
+DALI gets the bytes, boxes and mirror flags of a batch from a callable of the batch index, so that order, pairs and
+crops stay ours (sampling.py) and a resumed run starts its pipeline at any batch. It gets what it shows as Pillow does,
 all of a packed catalogue; of an image of another kind (images/headers.py) it gets the crop that Pillow has made.
 
 Damaged files need care (DALI 2.4.0): bytes that do not parse can crash the process, so headers are parsed before they
 are handed over; a file that parses but does not decode raises RuntimeError and leaves the pipeline dead, so the bad
-image is then looked for with Pillow, quarantined, and a new pipeline starts at the same step.
+image is then looked for with Pillow, quarantined, and a new pipeline starts at the same batch.
 """
 
 import importlib.util
@@ -54,7 +54,8 @@ def _build(
 ) -> "Pipeline":
     """Encoded images, corners, shapes, mirror flags -> (batch_size, 3, size, size) uint8; on the CPU without a device.
 
-    source: called with 0, 1, 2, ...; corners and shapes are (batch_size, 2) int32 pixels, width before height.
+    source: called with 0, 1, 2, ...; corners and shapes are (batch_size, 2) int32 pixels, width before height. It may
+    give fewer images than batch_size.
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -86,24 +87,25 @@ def _build(
 
 
 class DaliPipeline:
-    """Batches from `first_step` on, decoded by DALI; images lie on the current CUDA device if there is one."""
+    """Batches from number `first` on, decoded by DALI; images lie on the current CUDA device if there is one."""
 
-    def __init__(self, source: BatchSource, *, first_step: int, num_threads: int):
-        self.source, self.step, self.num_threads = source, first_step, num_threads
+    def __init__(self, source: BatchSource, *, first: int, num_threads: int):
+        self.source, self.parts = source, source.sampler.parts
+        self.number, self.num_threads = first, num_threads
         self._parse = _size_parser()
         self._quarantine: dict[int, str] = {}  # row to reason
-        self._plans: dict[int, tuple[Rows, Bad]] = {}
+        self._plans: dict[int, tuple[Rows, Bad]] = {}  # by batch number
         self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._start()
 
     def _start(self) -> None:
-        """Build a pipeline whose first batch is that of `self.step`."""
+        """Build a pipeline whose first batch is number `self.number`."""
         self._plans.clear()
-        first, gpu = self.step, torch.cuda.is_available()
+        first, gpu = self.number, torch.cuda.is_available()
         self._pipe: Pipeline | None = _build(
             lambda batch_index: self._feed(first + batch_index),
             self.source.image_size,
-            batch_size=self.source.sampler.local_batch_size * 2,
+            batch_size=self.parts.most_rows * 2,
             num_threads=self.num_threads,
             device_id=torch.cuda.current_device() if gpu else None,
         )
@@ -135,11 +137,11 @@ class DaliPipeline:
             raise
         return np.frombuffer(data, np.uint8), box, flip
 
-    def _feed(self, step: int) -> tuple[Any, ...]:
+    def _feed(self, number: int) -> tuple[Any, ...]:
         """What DALI asks for: 2B encoded images, corners, shapes (both width before height) and mirror flags."""
-        drawn, draws = self.source.sampler.draw(step)
+        drawn, draws = self.source.sampler.draw(*self.parts.place(number))
         rows, ready, bad = self.source.resolve(drawn, lambda row, i, view: self._attempt(row, draws[i, view]))
-        self._plans[step] = rows, bad
+        self._plans[number] = rows, bad
         boxes = np.array([box for _, box, _ in ready], np.int32)
         flips = np.array([flip for _, _, flip in ready], np.int32)
         corners = np.ascontiguousarray(boxes[:, :2])
@@ -172,7 +174,7 @@ class DaliPipeline:
         return ""
 
     def _quarantine_bad(self) -> bool:
-        """Find undecodable images among the steps in flight; True if there are new ones."""
+        """Find undecodable images among the batches in flight; True if there are new ones."""
         before = len(self._quarantine)
         planned = sorted({int(row) for rows, _ in self._plans.values() for row in rows.ravel()})
         for row in planned:
@@ -195,11 +197,13 @@ class DaliPipeline:
             except RuntimeError:
                 if not self._quarantine_bad():
                     raise
-                log.info("step %d: DALI starts again with %d images left out", self.step, len(self._quarantine))
+                name = self.parts.name(self.number)
+                log.info("%s: DALI starts again with %d images left out", name, len(self._quarantine))
                 self._start()
-        rows, bad = self._plans.pop(self.step)
-        batch = self.source.assemble(self.step, rows, images.unflatten(0, (-1, 2)))
-        self.step += 1
+        rows, bad = self._plans.pop(self.number)
+        step, part = self.parts.place(self.number)
+        batch = self.source.assemble(step, part, rows, images.unflatten(0, (-1, 2)))
+        self.number += 1
         return batch, bad
 
     def close(self) -> None:

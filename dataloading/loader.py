@@ -1,7 +1,8 @@
 """An endless, resumable stream of batches: the data side of a training loop.
 
-Global batch s is a pure function of (seed, s): see sampling.py. The state is therefore the next step and a few values
-to check; it resumes to the exact next batch on any number of ranks and workers, and with either decoder.
+Global batch s is a pure function of (seed, s, the sizes of the batches before it): see sampling.py. The state is
+therefore the next step and a few values to check; it resumes to the exact next batch on any number of ranks and
+workers, in whatever parts it comes (parts.py), and with either decoder.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from .errors import DataError
+from .parts import Parts
 from .pipeline import Bad, BatchSource
 from .sampling import Sampler
+from .schedule import BatchSchedule
 from .schema import Batch
 from .shards import ShardIndex
 from .system.waiting import Beside
@@ -36,8 +39,9 @@ class _Pipeline(Protocol):
 class _InTime:
     """A pipeline that works in this process, in a thread of it: so a call that hangs is named after a while."""
 
-    def __init__(self, pipeline: _Pipeline, source: BatchSource, first_step: int, stall_seconds: float):
-        self._step, self._data_dir, self._seconds = first_step, source.index.data_dir, stall_seconds
+    def __init__(self, pipeline: _Pipeline, source: BatchSource, first: int, stall_seconds: float):
+        self._number, self._seconds = first, stall_seconds
+        self._name, self._data_dir = source.sampler.parts.name, source.index.data_dir
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._pipeline = pipeline
         self._beside = Beside(
@@ -49,14 +53,14 @@ class _InTime:
 
     def _stalled(self) -> str:
         return (
-            f"step {self._step}: no batch within {self._seconds:g} s (--stall-seconds): the decoder is still at it, "
-            f"with images of {self._data_dir}: a slow or unreachable store, or a busy machine; raise the limit, or "
-            f"lower --global-batch-size"
+            f"{self._name(self._number)}: no batch within {self._seconds:g} s (--stall-seconds): the decoder is still "
+            f"at it, with images of {self._data_dir}: a slow or unreachable store, or a busy machine; raise the limit, "
+            f"or lower --global-batch-size or --micro-batch"
         )
 
     def __next__(self) -> tuple[Batch, Bad]:
         item = self._beside.take()
-        self._step += 1
+        self._number += 1
         return item
 
     def close(self) -> None:
@@ -86,16 +90,19 @@ def choose_decoder(decoder: Decoder) -> Literal["dali", "torch", "none"]:
 
 
 class ProductLoader:
-    """Iterate over Batches without end: B = global_batch_size / world_size products, two images and titles of each.
+    """Iterate over Batches without end: a rank's share of every step, two images and titles of each product.
 
-    index: the split. tokenizer: its WordPiece. image_size: side of the crops, pixels. crop_scale: area share of the
-    random resized crop; flip: mirror half of the crops. decoder: see `choose_decoder`; "none" leaves `images` None and
-    starts no worker. num_workers: processes of the torch decoder (0: decode in this one), threads of DALI.
-    stall_seconds: how long a batch may take, 0 without limit.
+    global_batch_size: products of a step over all ranks, or a schedule of them. micro_batch: products of a Batch; a
+    step's share comes as `Batch.parts` of them, in order. None: as one. index: the split. tokenizer: its WordPiece.
+    image_size: side of the crops, pixels. crop_scale: area share of the random resized crop; flip: mirror half of the
+    crops. decoder: see `choose_decoder`; "none" leaves `images` None and starts no worker. num_workers: processes of
+    the torch decoder (0: decode in this one), threads of DALI. stall_seconds: how long a batch may take, 0 without
+    limit.
 
     With DALI on a GPU `images` lie on the current CUDA device, all else on the CPU. An undecodable image is replaced by
     another one of its product; it is named once in `Batch.corrupt`, in the log and in `corrupt` (key to reason).
-    One iterator at a time: a new one continues where the last one stood.
+    One iterator at a time: a new one continues where the last one stood, with the first part of the step whose last
+    part has not been given.
 
     Raises ValueError for settings that make no sense; its iterators raise DataError (a ValueError) when a tar cannot be
     read any more, a worker is killed, or no batch comes in time.
@@ -106,8 +113,9 @@ class ProductLoader:
         index: ShardIndex,
         tokenizer: WordPiece,
         *,
-        global_batch_size: int,
+        global_batch_size: int | BatchSchedule,
         image_size: int,
+        micro_batch: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -118,49 +126,50 @@ class ProductLoader:
         max_tokens: int = 55,
         stall_seconds: float = 300,
     ):
-        if global_batch_size < 1 or global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size={global_batch_size} does not divide over {world_size} ranks; "
-                f"set --global-batch-size to a multiple of {world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} of world_size={world_size}: ranks count from 0 to world_size - 1")
+        given = global_batch_size
+        self.schedule = given if isinstance(given, BatchSchedule) else BatchSchedule.constant(given)
+        parts = Parts(self.schedule, rank, world_size, micro_batch)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={crop_scale}: area shares need 0 < lowest <= highest <= 1")
         if image_size < 1 or num_workers < 0:
             raise ValueError(f"image_size={image_size}, num_workers={num_workers}: use a size >= 1 and workers >= 0")
         if not 0 <= stall_seconds < float("inf"):
             raise ValueError(f"stall_seconds={stall_seconds}: use 0 (no limit) or more")
-        self.index, self.tokenizer = index, tokenizer
-        self.global_batch_size, self.seed = global_batch_size, seed
+        self.index, self.tokenizer, self.seed = index, tokenizer, seed
         self.decoder = choose_decoder(decoder)
         self.num_workers, self.stall_seconds = num_workers, stall_seconds
         self.corrupt: dict[str, str] = {}
         self._step = 0
-        sampler = Sampler(index, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size)
+        sampler = Sampler(index, parts, seed=seed)
         self._source = BatchSource(
             sampler, tokenizer, image_size=image_size, crop_scale=crop_scale, flip=flip, max_tokens=max_tokens
         )
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which every product is seen once."""
-        return self.index.num_products / self.global_batch_size
+        """Steps in which every product is seen once, from the next step on; a part of a step counts by its size."""
+        return self._steps_to(self.schedule.position(self._step) + self.index.num_products) - self._step
+
+    def _steps_to(self, position: int) -> float:
+        """Where in the series of steps the endless stream of products has reached a position."""
+        last = self.schedule.steps(position) - 1
+        return last + (position - self.schedule.position(last)) / self.schedule.size(last)
 
     def _open(self) -> _Pipeline:
-        source, first, limit = self._source, self._step, self.stall_seconds
+        source, limit = self._source, self.stall_seconds
+        first = source.sampler.parts.before(self._step)
         if self.decoder == "none":
-            return InPlace(source, first_step=first, decoded=False)
+            return InPlace(source, first=first, decoded=False)
         if self.decoder == "dali":
             from .dali_pipeline import DaliPipeline  # DALI takes 0.5 s to import and is optional
 
-            dali = DaliPipeline(source, first_step=first, num_threads=max(1, self.num_workers))
+            dali = DaliPipeline(source, first=first, num_threads=max(1, self.num_workers))
             return _InTime(dali, source, first, limit)
         if not self.num_workers:
-            return _InTime(InPlace(source, first_step=first, decoded=True), source, first, limit)
+            return _InTime(InPlace(source, first=first, decoded=True), source, first, limit)
         # Training a vocabulary used the tokenizers' threads; without this every forked worker warns about them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return TorchPipeline(source, first_step=first, num_workers=self.num_workers, stall_seconds=limit)
+        return TorchPipeline(source, first=first, num_workers=self.num_workers, stall_seconds=limit)
 
     def __iter__(self) -> Iterator[Batch]:
         pipeline = self._open()
@@ -170,8 +179,8 @@ class ProductLoader:
                     batch, bad = next(pipeline)
                 except MemoryError as error:
                     raise DataError(
-                        f"step {self._step}: no memory for its batch ({error}); use fewer --num-workers or a smaller "
-                        f"--global-batch-size"
+                        f"step {self._step}: no memory for its batch ({error}); use fewer --num-workers, or a smaller "
+                        f"--global-batch-size or --micro-batch"
                     ) from error
                 new = {key: reason for key, reason in bad.items() if key not in self.corrupt}
                 for key, reason in new.items():
@@ -180,27 +189,42 @@ class ProductLoader:
                         "undecodable image %s (%s): another one of the product takes its place; %d so far",
                         key, reason, len(self.corrupt),
                     )  # fmt: skip
-                self._step = batch.step + 1
+                self._step = batch.step + (batch.part == batch.parts - 1)
                 yield dataclasses.replace(batch, corrupt=tuple(new))
         finally:
             pipeline.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch yielded, whatever workers have prepared beyond it; equal on all ranks."""
-        return {"step": self._step, **self._identity()}
+        """The position after the last step whose parts were all yielded, whatever workers have prepared beyond it.
+
+        Equal on all ranks.
+        """
+        return {"step": self._step, **self._identity(self._step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the next batch of the run that saved `state`; start a new iterator afterwards.
 
-        Raises ValueError when seed, global batch size or catalogue differ: the order would be another one.
+        Raises ValueError when seed, catalogue or the batch sizes of the steps so far differ: the order would be another
+        one. Later sizes, ranks and parts may differ.
         """
-        for name, mine in self._identity().items():
-            if state[name] != mine:
+        step = int(state["step"])
+        saved = {**state, "batch_schedule": _saved_sizes(state).until(step)}
+        mine = {**self._identity(step), "batch_schedule": self.schedule.until(step)}
+        for name, value in mine.items():
+            if saved[name] != value:
                 raise ValueError(
-                    f"the saved data position has {name}={state[name]}, this run {mine}; "
+                    f"the saved data position, step {step}, has {name}={saved[name]}, this run {value}; "
                     f"resume with the same {name.replace('_', ' ')}, or start a new run folder"
                 )
-        self._step = int(state["step"])
+        self._step = step
 
-    def _identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "fingerprint": self.index.fingerprint}
+    def _identity(self, step: int) -> dict[str, Any]:
+        past = [list(entry) for entry in self.schedule.until(step).entries]
+        return {"seed": self.seed, "batch_schedule": past, "fingerprint": self.index.fingerprint}
+
+
+def _saved_sizes(state: Mapping[str, Any]) -> BatchSchedule:
+    """Of the steps that a state comes after."""
+    if "batch_schedule" in state:
+        return BatchSchedule(tuple((int(step), int(size)) for step, size in state["batch_schedule"]))
+    return BatchSchedule.constant(int(state["global_batch_size"]))  # written before there were schedules

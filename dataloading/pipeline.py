@@ -1,10 +1,10 @@
 """From shards to batches: what both decoders share, and how Pillow decodes.
 
-`BatchSource` makes the batch of a step, given a way to decode; it replaces undecodable images and packs titles and ids.
-Pillow decodes a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still larger than the crop's output: 2.2
-times the speed of a full decode for 224 px from a megapixel; torch_pipeline.py has it done in worker processes, DALI's
-way is in dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that images/decode.py
-says an image has: those that packing would store.
+`BatchSource` makes a batch, which is a part of a step, given a way to decode; it replaces undecodable images and packs
+titles and ids. Pillow decodes a JPEG at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still larger than the crop's
+output: 2.2 times the speed of a full decode for 224 px from a megapixel; torch_pipeline.py has it done in worker
+processes, DALI's way is in dali_pipeline.py. Both cut the same boxes, computed in sampling.py, out of the pixels that
+images/decode.py says an image has: those that packing would store.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
-from .schema import Batch
+from .schema import Batch, count_titles
 from .text import WordPiece
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def decode_square(data: bytes, size: int) -> Tensor:
 
 
 class BatchSource:
-    """Makes the batches of one rank; the same (seed, step) gives the same batch in any process."""
+    """Makes the batches of one rank; the same (seed, step, part) gives the same batch in any process."""
 
     def __init__(
         self,
@@ -114,11 +114,12 @@ class BatchSource:
                 )
         return final, results, bad
 
-    def assemble(self, step: int, rows: Rows, images: Tensor | None) -> Batch:
-        """The batch of a step from its final rows (B, 2)."""
+    def assemble(self, step: int, part: int, rows: Rows, images: Tensor | None) -> Batch:
+        """The batch of a part from its final rows (B, 2)."""
         index = self.index
         by_view = [int(row) for row in rows.T.ravel()]
         tokens, cu_seqlens = self.tokenizer.encode([index.title(row) for row in by_view], self.max_tokens)
+        token_counts, longest = count_titles(cu_seqlens)
         products = np.array([index.product_of(row) for row in rows[:, 0]], np.int64)
         return Batch(
             images=images,
@@ -132,15 +133,19 @@ class BatchSource:
             keys=[index.image_key(row) for row in by_view],
             step=step,
             epoch=self.sampler.epoch(step),
+            part=part,
+            parts=self.sampler.parts.count(step),
+            token_counts=token_counts,
+            longest=longest,
         )
 
-    def without_images(self, step: int) -> Batch:
-        """The batch of a step, nothing decoded."""
-        return self.assemble(step, self.sampler.draw(step)[0], None)
+    def without_images(self, step: int, part: int) -> Batch:
+        """The batch of a part, nothing decoded."""
+        return self.assemble(step, part, self.sampler.draw(step, part)[0], None)
 
-    def decoded(self, step: int) -> tuple[Batch, Bad]:
-        """The batch of a step, decoded with Pillow; and the images that could not be."""
-        drawn, draws = self.sampler.draw(step)
+    def decoded(self, step: int, part: int) -> tuple[Batch, Bad]:
+        """The batch of a part, decoded with Pillow; and the images that could not be."""
+        drawn, draws = self.sampler.draw(step, part)
         size = self.image_size
         images = np.empty((len(drawn), 2, 3, size, size), np.uint8)
 
@@ -150,4 +155,4 @@ class BatchSource:
             images[i, view] = decode_crop(data, size, box, flip=flip)
 
         rows, _, bad = self.resolve(drawn, attempt)
-        return self.assemble(step, rows, torch.from_numpy(images)), bad
+        return self.assemble(step, part, rows, torch.from_numpy(images)), bad

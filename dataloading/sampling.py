@@ -3,13 +3,15 @@
 No generator carries state. Every random number is a hash of its coordinates, so a run resumes at any step, and neither
 the number of ranks, nor that of workers, nor the decoder changes what is drawn.
 
-Letters: P products, G global batch size, B rows of this rank, step s takes positions s*G ... s*G+G-1 of an endless
-stream of products: a permutation for epoch 0, then one for epoch 1, and so on.
+Letters: P products, B rows of a part (parts.py). A step takes as many positions of an endless stream of products as its
+global batch has rows, from where the step before it ended: a permutation for epoch 0, then one for epoch 1, and so on.
+The draws of a row are of its step and its place in the global batch, whichever rank and part holds it.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .parts import Parts
 from .shards import ShardIndex
 
 Rows = NDArray[np.int64]
@@ -60,18 +62,15 @@ def random_crop(
 
 
 class Sampler:
-    """Draws of one split for one rank; `draw(step)` is a pure function of (seed, step)."""
+    """Draws of one split for one rank; `draw` is a pure function of (seed, schedule, step, part)."""
 
-    def __init__(self, index: ShardIndex, *, global_batch_size: int, seed: int, rank: int, world_size: int):
-        self.index, self.seed = index, seed
-        self.global_batch_size = global_batch_size
-        self.local_batch_size = global_batch_size // world_size
-        self.first = rank * self.local_batch_size
+    def __init__(self, index: ShardIndex, parts: Parts, *, seed: int):
+        self.index, self.parts, self.seed = index, parts, seed
         self._orders: dict[int, Rows] = {}
 
     def epoch(self, step: int) -> int:
         """The epoch that a step begins in."""
-        return step * self.global_batch_size // self.index.num_products
+        return self.parts.schedule.position(step) // self.index.num_products
 
     def order(self, epoch: int) -> Rows:
         """(P,) the products of an epoch in order: tars shuffled, then products inside windows of TAR_WINDOW tars."""
@@ -84,9 +83,9 @@ class Sampler:
             self._orders[epoch] = np.lexsort((key, place[tar] // TAR_WINDOW))
         return self._orders[epoch]
 
-    def products(self, step: int) -> Rows:
-        """(B,) this rank's products of a step."""
-        positions = step * self.global_batch_size + self.first + np.arange(self.local_batch_size)
+    def products(self, step: int, part: int = 0) -> Rows:
+        """(B,) the products of a part."""
+        positions = self.parts.schedule.position(step) + np.array(self.parts.positions(step, part))
         epochs, offsets = np.divmod(positions, self.index.num_products)
         products = np.empty_like(offsets)
         for epoch in np.unique(epochs):
@@ -107,11 +106,11 @@ class Sampler:
                 return int(low + first), int(low + np.flatnonzero(wanted)[int(draws[2] * wanted.sum())])
         return int(low + first), int(low + first)
 
-    def draw(self, step: int) -> tuple[Rows, NDArray[np.float64]]:
-        """Image rows (B, 2) and the draws of their crops and flips (B, 2, NUM_CROP_DRAWS) of a step."""
-        positions = self.first + np.arange(self.local_batch_size)
+    def draw(self, step: int, part: int = 0) -> tuple[Rows, NDArray[np.float64]]:
+        """Image rows (B, 2) and the draws of their crops and flips (B, 2, NUM_CROP_DRAWS) of a part."""
+        positions = np.array(self.parts.positions(step, part))
         pair_draws = uniforms(self.seed, _STREAM_PAIR, step, positions, 3)
-        rows = [self._pair(int(p), u) for p, u in zip(self.products(step), pair_draws, strict=True)]
+        rows = [self._pair(int(p), u) for p, u in zip(self.products(step, part), pair_draws, strict=True)]
         crops = [uniforms(self.seed, _STREAM_CROP + view, step, positions, NUM_CROP_DRAWS) for view in (0, 1)]
         return np.array(rows, np.int64).reshape(-1, 2), np.stack(crops, 1)
 

@@ -76,8 +76,12 @@ class BatchSchedule:
         raise AssertionError
 
     def until(self, step: int) -> "BatchSchedule":
-        """The part of the schedule that steps before `step` were taken with: what a resumed run must keep."""
-        return BatchSchedule(tuple(entry for entry in self.entries if entry[0] < max(1, step)))
+        """The part of the schedule that steps before `step` were taken with: what a resumed run must keep.
+
+        Entries that change nothing are left out: what took the same steps is equal.
+        """
+        past = [entry for entry in self.entries if entry[0] < max(1, step)]
+        return BatchSchedule(tuple(e for before, e in pairwise([(0, 0), *past]) if e[1] != before[1]))
 
     def _entry(self, step: int) -> int:
         return bisect_right(self.entries, step, key=lambda entry: entry[0]) - 1

@@ -194,8 +194,57 @@ class Batch:
     epoch: int
     corrupt: tuple[str, ...] = ()
     """Keys of images first found undecodable in this batch; another image of the product took their place."""
+    part: int = 0
+    """Which part of its rank's share of the step this is: a share may come in micro-batches, in order."""
+    parts: int = 1
+    """Parts of the share, all of one size."""
+    token_counts: tuple[int, int] | None = None
+    """Tokens of all titles of views a, and of views b, as whoever made the batch counted them; None: nobody did."""
+    longest: tuple[int, int] | None = None
+    """Tokens of the longest title of views a, and of views b."""
+
+    def titles(self, view: int) -> "tuple[Tensor, Tensor, int]":
+        """The titles of a view: tokens, (B+1,) bounds that begin with 0, and the tokens of the longest one.
+
+        Where they were counted nothing is read from the tensors: nobody waits for a device. Otherwise raises
+        ValueError for an empty title.
+        """
+        counts, longest = self.token_counts, self.longest
+        if counts is None or longest is None:
+            counts, longest = count_titles(self.cu_seqlens)
+        rows = len(self.product_ids)
+        bounds = self.cu_seqlens[view * rows : (view + 1) * rows + 1]
+        start = view * counts[0]
+        return self.tokens[start : start + counts[view]], bounds - bounds[0], longest[view]
+
+    def map(self, change: "Callable[[Tensor], Tensor]") -> "Batch":
+        """The same batch with every tensor changed."""
+        changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if hasattr(v, "pin_memory")}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: Any) -> "Batch":
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if hasattr(v, "to")}
-        return dataclasses.replace(self, **moved)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch with what lies on the CPU in pinned memory, which a GPU copies from beside its work.
+
+        Without CUDA nothing changes.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            return self
+        return self.map(lambda tensor: tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory())
+
+
+def count_titles(cu_seqlens: "Tensor") -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a batch's bounds (2B+1,): tokens of views a and of views b, and those of the longest title of each.
+
+    Raises ValueError when a title is empty: it has no token to pool.
+    """
+    lengths = cu_seqlens.diff().view(2, -1)
+    if not lengths.numel() or int(lengths.min()) < 1:
+        raise ValueError("cu_seqlens describes an empty text; every text needs at least one token ([CLS], [SEP])")
+    (a, b), (longest_a, longest_b) = lengths.sum(1).tolist(), lengths.amax(1).tolist()
+    return (a, b), (longest_a, longest_b)

@@ -26,7 +26,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels": (("launch",), ("slot_attention", "contrastive"), ("compile_check",)),
     "dataloading": (
         ("errors", "file_kinds", "schema", "schedule"),
-        ("system", "images", "tables", "tars", "vocabulary"),
+        ("parts", "system", "images", "tables", "tars", "vocabulary"),
         ("packing", "text"),
         ("shards",),
         ("sampling",),

@@ -54,7 +54,7 @@ _STATES = {
 }
 _SIGNALS = {
     signal.SIGKILL: "most often the kernel's out-of-memory killer (dmesg tells): use fewer --num-workers, a smaller "
-    "--global-batch-size or more memory",
+    "--global-batch-size or --micro-batch, or more memory",
     signal.SIGBUS: "memory or a file it had mapped was taken away: a full or tiny memory limit, a damaged disk",
     signal.SIGSEGV: "a decoder crashed; --num-workers 0 shows where",
 }
@@ -70,7 +70,8 @@ class Workers:
     """`count` processes that make items from number `first` on.
 
     make: called in a worker with an item's number and the slot to fill, (slot_bytes,) uint8; returns the rest of the
-    item as bytes. ahead: items that each worker has ready. stall_seconds: how long `take` waits, 0 without end.
+    item as bytes. ahead: items that each worker has ready. stall_seconds: how long `take` waits, 0 without end. name:
+    of an item, for messages.
 
     Create it in the main thread: Linux ends workers with the thread that forked them, elsewhere they end with the next
     item they make.
@@ -85,8 +86,9 @@ class Workers:
         ahead: int,
         slot_bytes: int,
         stall_seconds: float,
+        name: Callable[[int], str] = "step {}".format,
     ):
-        self.next, self.ahead, self.stall_seconds = first, ahead, stall_seconds
+        self.next, self.ahead, self.stall_seconds, self.name = first, ahead, stall_seconds, name
         self._first, self._pid = first, os.getpid()
         self._workers: list[_Worker] = []
         _living.add(self)
@@ -103,7 +105,7 @@ class Workers:
         except (OSError, ValueError, OverflowError) as error:
             raise DataError(
                 f"data worker {w + 1} of {count}: no {self.ahead * slot_bytes / 1e6:.0f} MB of memory for its batches "
-                f"({error}); use fewer --num-workers or a smaller --global-batch-size"
+                f"({error}); use fewer --num-workers or a smaller --global-batch-size or --micro-batch"
             ) from error
         slots = [np.frombuffer(memory, np.uint8, slot_bytes, i * slot_bytes) for i in range(self.ahead)]
         try:
@@ -163,7 +165,7 @@ class Workers:
                 except ConnectionResetError:
                     chunk = b""
                 if not chunk:
-                    raise DataError(f"step {self.next}: {name} {_death(worker.process)}")
+                    raise DataError(f"{self.name(self.next)}: {name} {_death(worker.process)}")
                 frame.extend(chunk)
                 if len(frame) == _HEADER.size:
                     size += _HEADER.unpack(frame)[0]
@@ -171,7 +173,7 @@ class Workers:
 
         if not wait_for(complete, self.stall_seconds):
             raise DataError(
-                f"step {self.next}: no batch within {self.stall_seconds:g} s (--stall-seconds): "
+                f"{self.name(self.next)}: no batch within {self.stall_seconds:g} s (--stall-seconds): "
                 f"{name} {_state(worker.process.pid)}"
             )
         return _HEADER.unpack_from(frame)[1], bytes(frame[_HEADER.size :])
@@ -225,7 +227,9 @@ def _state(pid: int | None) -> str:
             letter = file.read().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         letter = ""
-    busy = "is still at it: a slow store or a busy machine; raise the limit, or lower --global-batch-size"
+    busy = (
+        "is still at it: a slow store or a busy machine; raise the limit, or lower --global-batch-size or --micro-batch"
+    )
     return _STATES.get(letter, busy).format(pid=pid)
 
 

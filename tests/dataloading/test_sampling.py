@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eclip.dataloading.parts import Parts
 from eclip.dataloading.sampling import NUM_CROP_DRAWS, Sampler, hash64, random_crop, uniforms
+from eclip.dataloading.schedule import BatchSchedule
 from eclip.dataloading.shards import ShardIndex
 from tests.dataloading.fixtures import make_split
 
@@ -16,7 +18,7 @@ def index(tmp_path_factory):
 
 
 def sampler(index, batch=4, seed=0, rank=0, world_size=1):
-    return Sampler(index, global_batch_size=batch, seed=seed, rank=rank, world_size=world_size)
+    return Sampler(index, Parts(BatchSchedule.constant(batch), rank, world_size), seed=seed)
 
 
 def test_hash_is_fixed_forever():
