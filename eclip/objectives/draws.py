@@ -1,13 +1,16 @@
 """The random draws of a step: which product prompts which query, of which kind, and which patch tokens are kept.
 
 Every draw is a function of (seed, step) over the GLOBAL batch, on the CPU: every rank draws the same table and takes
-its rows, so that losses do not depend on the number of ranks.
+its rows, and every micro-batch some of those, so that losses depend neither on the number of ranks nor on that of
+micro-batches. They are drawn ahead and travel to the device with the batch: a step itself waits for none of them.
 
-Letters: B products of this rank, G of the global batch, T queries, N patch tokens, D embedding width.
+Letters: B products of this rank or micro-batch, G of the global batch, T queries, N patch tokens (K of them kept),
+D embedding width.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -33,7 +36,7 @@ def generator(seed: int, step: int, stream: Stream) -> torch.Generator:
 
 @dataclass(frozen=True)
 class PromptDraw:
-    """Which product prompts which query, for this rank's rows."""
+    """Which product prompts which query, for some rows."""
 
     products: Tensor
     """(B, T) int64 rows of the global batch; the product itself stands at `positive`."""
@@ -45,27 +48,48 @@ class PromptDraw:
     """(B,) bool: a positive image prompt is the image itself, as at inference, and not the product's other image."""
     gaussian: Tensor
     """(B,) bool: the negative prompts are N(0, I), as at inference, instead of those of other products."""
+    gumbel: Tensor
+    """(B, T) float32, Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
 
-    def to(self, device: torch.device) -> "PromptDraw":
-        return PromptDraw(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptDraw":
+        """Every tensor changed."""
+        return PromptDraw(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All random numbers that an objective wants for rows [first, first + B) of a step's global batch."""
+
+    first: int
+    kept: Tensor | None = None
+    """(2, K) int64, sorted: the patch tokens that views a and b train on, the same for all rows; None for all."""
+    prompts: PromptDraw | None = None
+    noise: Tensor | None = None
+    """(T, D) float32, the N(0, I) prompts, the same for all rows."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Draws":
+        """Every tensor changed: moved to a device, pinned."""
+        return Draws(
+            first=self.first,
+            kept=None if self.kept is None else change(self.kept),
+            prompts=None if self.prompts is None else self.prompts.map(change),
+            noise=None if self.noise is None else change(self.noise),
+        )
+
+    def rows(self, start: int, stop: int) -> "Draws":
+        """Those of rows start to stop of these."""
+        prompts = None if self.prompts is None else self.prompts.map(lambda rows: rows[start:stop])
+        return dataclasses.replace(self, first=self.first + start, prompts=prompts)
 
 
 def draw_prompts(
-    local: int,
-    num_queries: int,
-    config: ObjectiveConfig,
-    *,
-    seed: int,
-    step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    total: int, rows: range, num_queries: int, config: ObjectiveConfig, *, seed: int, step: int
 ) -> PromptDraw:
-    """Draw the prompts of `local` rows out of local * world_size; every rank draws the same global table.
+    """Draw the prompts of `rows` of a global batch of `total`; every rank draws the same global table.
 
     The positive's index is random: at a fixed one its position embedding gives L_intra's answer away. The T-1 negatives
     follow the product in a random ring of the batch: distinct, never the product itself, O(G T) to draw.
     """
-    total = local * world_size
     if total < num_queries:
         raise ValueError(
             f"a global batch of {total} products cannot prompt {num_queries} queries with distinct products; "
@@ -78,12 +102,14 @@ def draw_prompts(
     positive = torch.randint(num_queries, (total,), generator=numbers)
     own_image = torch.rand(total, generator=numbers) < config.own_image_share
     gaussian = torch.rand(total, generator=numbers) < config.gaussian_share
-    rows = torch.arange(rank * local, (rank + 1) * local)
+    own = slice(rows.start, rows.stop)
     column = torch.arange(num_queries)
     # Column c holds the (c - positive)-th follower in the ring; the 0th follower is the product itself.
-    follower = (column[None, :] - positive[rows, None]) % num_queries
-    products = ring[(place[rows, None] + follower) % total]
-    return PromptDraw(products, modality[rows], positive[rows], own_image[rows], gaussian[rows])
+    follower = (column[None, :] - positive[own, None]) % num_queries
+    products = ring[(place[own, None] + follower) % total]
+    noise = torch.rand(total, num_queries, generator=generator(seed, step, Stream.MATCHING))[own].clamp_min_(1e-12)
+    gumbel = -torch.log(-torch.log(noise))
+    return PromptDraw(products, modality[own], positive[own], own_image[own], gaussian[own], gumbel)
 
 
 def gaussian_prompts(num_queries: int, width: int, *, seed: int, step: int) -> Tensor:
@@ -106,15 +132,16 @@ def build_prompts(
     return prompts.scatter(1, index, own[:, None].to(prompts.dtype))
 
 
-def draw_tokens(num_tokens: int, keep: float, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices (K,) of the patch tokens that views a and b train on, K = ceil(keep N); the same on all ranks.
+def draw_tokens(num_tokens: int, keep: float, *, seed: int, step: int) -> Tensor | None:
+    """(2, K) sorted indices of the patch tokens that views a and b train on, K = ceil(keep N); None when all stay.
 
-    Source: patch dropout (arXiv 2208.07220, 2212.00794), after the tower here.
+    The same for all rows of the global batch. Source: patch dropout (arXiv 2208.07220, 2212.00794).
     """
-    numbers = generator(seed, step, Stream.TOKENS)
     count = math.ceil(keep * num_tokens)
-    first, second = (torch.randperm(num_tokens, generator=numbers)[:count].sort().values for _ in range(2))
-    return first, second
+    if count == num_tokens:
+        return None
+    numbers = generator(seed, step, Stream.TOKENS)
+    return torch.stack([torch.randperm(num_tokens, generator=numbers)[:count].sort().values for _ in range(2)])
 
 
 def take_query(slots: Tensor, index: Tensor) -> Tensor:

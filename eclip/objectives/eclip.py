@@ -8,25 +8,28 @@
              title speaks of                                                                  intra_product.py
     L_R      entropy of the assignment of image tokens to queries                             the decoder's own
 
-L_itc and L_inter couple the rows of a batch, and so do prompts, which come from other rows; all else is per row.
+L_itc couples the rows of a batch. So do prompts, which come from other rows, and the keys of L_inter; but those carry
+no gradient: given them, all losses but L_itc are means over rows.
 
-Letters: B products of this rank, G of the global batch, T queries, D embedding width.
+Letters: B products of this rank or micro-batch, G of the global batch, T queries, D embedding width.
 """
 
+import dataclasses
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from eclip.dataloading.schema import Batch
 from eclip.model.eclip import ECLIP, ImageFeatures
 from eclip.model.instance_decoder import IMAGE, TEXT
-from eclip.objectives.contrast import image_text_loss, inter_product_loss, unit
-from eclip.objectives.draws import PromptDraw, build_prompts, draw_prompts, gaussian_prompts, take_query
+from eclip.model.settings import ModelConfig
+from eclip.objectives.contrast import inter_product_loss, unit
+from eclip.objectives.draws import Draws, PromptDraw, build_prompts, draw_prompts, gaussian_prompts, take_query
 from eclip.objectives.intra_product import intra_product_loss
 from eclip.objectives.matching import matching_loss
-from eclip.objectives.objective import Encoded, Local, Objective
-from eclip.objectives.views import CachedFeatures, encode_view
+from eclip.objectives.objective import Objective
+from eclip.objectives.views import View
 
 
 class EclipObjective(Objective):
@@ -58,78 +61,75 @@ class EclipObjective(Objective):
             "entropy": ramp * config.entropy_weight,
         }
 
-    def features(
-        self,
-        model: ECLIP,
-        momentum: ECLIP | None,
-        batch: Batch,
-        cached: CachedFeatures | None,
-        *,
-        step: int,
-        seed: int,
-    ) -> Encoded:
-        assert momentum is not None, "the ECLIP objective needs the momentum model"
-        keep = self.config.token_keep
-        a = encode_view(model, batch, cached, 0, token_keep=keep, step=step, seed=seed)
-        pairs = {"image": unit(a.image.cls), "text": unit(a.text)}
-        with torch.no_grad():
-            b = encode_view(momentum, batch, cached, 1, token_keep=keep, step=step, seed=seed)
-        pool = {
-            "text_a": a.text,
-            "image_a": a.image.cls,
-            "text_b": b.text,
-            "image_b": b.image.cls,
+    def draw(self, total: int, rows: range, model: ModelConfig, *, step: int, seed: int) -> Draws:
+        return dataclasses.replace(
+            super().draw(total, rows, model, step=step, seed=seed),
+            prompts=draw_prompts(total, rows, model.num_queries, self.config, seed=seed, step=step),
+            noise=gaussian_prompts(model.num_queries, model.embed_dim, seed=seed, step=step),
+        )
+
+    def pool(self, view: View, other: View | None, batch: Batch) -> dict[str, Tensor]:
+        assert other is not None, "the ECLIP objective needs the momentum model"
+        return {
+            "text_a": view.text,
+            "image_a": view.image.cls,
+            "text_b": other.text,
+            "image_b": other.image.cls,
             "product": batch.product_ids,
             "title": batch.title_ids[:, 0],
         }
-        return Encoded(views=(a, b), pairs=pairs, pool=pool)
+
+    @torch.no_grad()
+    def targets(
+        self, momentum: ECLIP | None, other: View | None, pool: dict[str, Tensor], draws: Draws
+    ) -> dict[str, Tensor]:
+        assert momentum is not None, "the ECLIP objective needs the momentum model"
+        assert other is not None
+        draw, noise = _prompts(draws, pool)
+        # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
+        image_prompts = torch.where(draw.own_image[:, None], other.image.cls, _own(pool["image_a"], draws))
+        prompts = build_prompts(draw, pool["text_b"], pool["image_a"], noise, other.text, image_prompts)
+        keys = take_query(momentum.decode(other.image.tokens, prompts, draw.modality).slots, draw.positive)
+        return {"key": unit(keys)}
 
     def local_losses(
         self,
         model: ECLIP,
-        momentum: ECLIP | None,
         batch: Batch,
-        encoded: Encoded,
+        view: View,
         pool: dict[str, Tensor],
+        targets: dict[str, Tensor],
+        draws: Draws,
         *,
-        step: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Local:
-        assert momentum is not None, "the ECLIP objective needs the momentum model"
-        a, b = encoded.views
-        where = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
-        num_queries, width = model.config.num_queries, model.config.embed_dim
-        draw = draw_prompts(len(a.text), num_queries, self.config, **where).to(a.text.device)
-        noise = gaussian_prompts(num_queries, width, seed=seed, step=step).to(a.text)
-        # One pass of each encoder a branch: the other branch's (detached) image feature is this branch's image prompt.
-        own, image_a, image_b = draw.own_image[:, None], a.image.cls.detach(), b.image.cls
-        with torch.no_grad():
-            image_prompts = torch.where(own, image_b, image_a)
-            prompts = build_prompts(draw, pool["text_b"], pool["image_a"], noise, b.text, image_prompts)
-            keys = take_query(momentum.decode(b.image.tokens, prompts, draw.modality).slots, draw.positive)
-        image_prompts = torch.where(own, image_a, image_b)
-        prompts = build_prompts(draw, pool["text_a"], pool["image_b"], noise, a.text, image_prompts)
-        output = model.decode(a.image.tokens, prompts, draw.modality)
+        observe: bool = False,
+    ) -> dict[str, Tensor]:
+        draw, noise = _prompts(draws, pool)
+        own_image = view.image.cls.detach()
+        image_prompts = torch.where(draw.own_image[:, None], own_image, _own(pool["image_b"], draws))
+        prompts = build_prompts(draw, pool["text_a"], pool["image_b"], noise, view.text, image_prompts)
+        output = model.decode(view.image.tokens, prompts, draw.modality, return_map=observe)
         instances = take_query(output.slots, draw.positive)
-        pairs = {"instance": unit(instances), "key": unit(keys)}
+        unit_instances = unit(instances)
         excluded = _same_title_or_product(batch, draw, pool)
         losses = {
-            "itm": matching_loss(model, instances, a.text, pool["text_a"], draw, excluded, **where),
-            "intra": intra_product_loss(output.slots, a.text, draw.positive, excluded, self.config.intra_temperature),
+            "itm": matching_loss(model, instances, view.text, pool["text_a"], draw, excluded),
+            "intra": intra_product_loss(
+                output.slots, view.text, draw.positive, excluded, self.config.intra_temperature
+            ),
             "entropy": output.entropy,
+            "inter": inter_product_loss(
+                unit_instances,
+                targets["key"],
+                pool["product"],
+                self.config.inter_temperature,
+                first=draws.first,
+                kernels=model.config.kernels,
+            ),
         }
-        return Local(losses=losses, pairs=pairs)
-
-    def pair_losses(
-        self, model: ECLIP, pairs: dict[str, Tensor], batch: Batch, *, group: dist.ProcessGroup | None = None
-    ) -> dict[str, Tensor]:
-        temperature = self.config.inter_temperature
-        return {
-            "itc": image_text_loss(model, pairs["image"], pairs["text"], batch, self.config, group),
-            "inter": inter_product_loss(model, pairs["instance"], pairs["key"], batch, temperature, group),
-        }
+        if observe:
+            assert output.assignment is not None
+            losses["positive_share"] = take_query(output.assignment, draw.positive).mean()
+        return losses
 
     def embed(self, model: ECLIP, image: ImageFeatures, text: Tensor) -> dict[str, Tensor]:
         found = super().embed(model, image, text)
@@ -142,6 +142,18 @@ class EclipObjective(Objective):
             assert by_text.assignment is not None
             found["instance_map"] = by_text.assignment[:, 0]
         return found
+
+
+def _prompts(draws: Draws, pool: dict[str, Tensor]) -> tuple[PromptDraw, Tensor]:
+    assert draws.prompts is not None
+    assert draws.noise is not None
+    return draws.prompts, draws.noise.to(pool["text_a"])
+
+
+def _own(pool: Tensor, draws: Draws) -> Tensor:
+    """Of the pool (G, D) of all rows those that `draws` are for."""
+    assert draws.prompts is not None
+    return pool[draws.first : draws.first + len(draws.prompts.positive)]
 
 
 def _same_title_or_product(batch: Batch, draw: PromptDraw, pool: dict[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """L_itm: does this title belong to this instance? Binary matching, with a hard title of the batch as the mismatch.
 
-Letters: B products of this rank, G of the global batch, T queries, D embedding width.
+Letters: B products of this rank or micro-batch, G of the global batch, T queries, D embedding width.
 """
 
 import torch
@@ -10,21 +10,11 @@ from torch import Tensor
 from eclip.kernels.launch import autocast_off
 from eclip.model.eclip import ECLIP
 from eclip.objectives.contrast import unit
-from eclip.objectives.draws import PromptDraw, Stream, generator, take_query
+from eclip.objectives.draws import PromptDraw, take_query
 
 
 def matching_loss(
-    model: ECLIP,
-    instances: Tensor,
-    texts: Tensor,
-    pool: Tensor,
-    draw: PromptDraw,
-    excluded: Tensor,
-    *,
-    seed: int,
-    step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    model: ECLIP, instances: Tensor, texts: Tensor, pool: Tensor, draw: PromptDraw, excluded: Tensor
 ) -> Tensor:
     """Instance (B, D) with its title (B, D), and with one of its T-1 negative titles out of `pool` (G, D).
 
@@ -37,8 +27,7 @@ def matching_loss(
         with torch.no_grad():
             similarity = model.scale().detach() * torch.einsum("bd,btd->bt", own_instance, candidates)
             similarity.scatter_(1, draw.positive[:, None], float("-inf")).masked_fill_(excluded, float("-inf"))
-            gumbel = _gumbel(similarity, seed, step, rank, world_size)
-            chosen = (similarity + gumbel).argmax(dim=1)
+            chosen = (similarity + draw.gumbel).argmax(dim=1)
             usable = similarity.isfinite().any(dim=1)
         # Unit vectors times sqrt(D): entries of the product are of order one, as a linear head wants them.
         width = own_instance.shape[-1]
@@ -48,11 +37,3 @@ def matching_loss(
         positive_loss = F.cross_entropy(matched, target)
         negative_loss = F.cross_entropy(unmatched, target - 1, reduction="none")
         return (positive_loss + (negative_loss * usable).mean()) / 2
-
-
-def _gumbel(like: Tensor, seed: int, step: int, rank: int, world_size: int) -> Tensor:
-    """Gumbel noise for this rank's rows (B, T): the argmax of logits plus it is a draw from their softmax."""
-    count, num_queries = like.shape
-    numbers = generator(seed, step, Stream.MATCHING)
-    noise = torch.rand(count * world_size, num_queries, generator=numbers).clamp_min_(1e-12)
-    return -torch.log(-torch.log(noise[rank * count : (rank + 1) * count].to(like.device)))

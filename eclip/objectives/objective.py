@@ -1,24 +1,26 @@
 """The seam between an objective and the rest: what training asks of it, and what evaluation reads out of its model.
 
 Training: `check_batch` before anything is built, `lock_unused` on a new model, a momentum model if `needs_momentum`,
-then `losses` of a batch each step. Evaluation: `embed` of images and titles, `trains_decoder` for what to expect of it.
-The trainer hands over the momentum model and moves it after a step; an objective holds settings and no state.
+then `draw` and `losses` of a batch each step. Evaluation: `embed` of images and titles, `trains_decoder` for what to
+expect of it. The trainer hands over the momentum model and moves it after a step; an objective holds settings and no
+state.
 
-`losses` is made of three parts, so that a batch can also be taken in micro-batches (tests/objectives/micro_batches.py
-does it; gradients are those of the whole batch):
+`losses` is composed of stages, so that a batch can also be taken in micro-batches (training/accumulation.py); its
+gradients are those of the whole batch:
 
-    features(micro-batch)             encodes rows. `pairs` are unit vectors to be compared with all rows'; `pool` is
-                                      what other rows may be prompted with, and carries no gradient
-    local_losses(micro-batch, pool)   given the pool of all rows: the losses that couple no rows, and further `pairs`
-    pair_losses(pairs of all rows)    the losses that couple rows; their gradient goes back through `pairs` alone
+    encode, encode_momentum  views of rows, each on its own
+    pool                     what other rows may be prompted with: gathered from all rows, carries no gradient
+    targets                  given the pool, what rows are to be compared with: gathered too, carries no gradient
+    local_losses             given pool and targets, the losses that are means over rows
+    pairs, pair_losses       the losses that couple rows; their gradient goes back through `pairs` alone
 
-Micro-batch i of M draws its random numbers as rank i of M does. A loss of the batch is the mean over micro-batches of a
-local loss, and a pair loss itself.
+A loss of the batch is the mean over micro-batches of a local loss, and a pair loss itself. An objective with another
+coupling sets `splits` to False, and training says at the start that it takes no --micro-batch.
 
 A new objective: a file beside clip.py with a subclass, its name in `ObjectiveConfig.objective`, a line in
 `make_objective`.
 
-Letters: B rows (products) of a batch or micro-batch, G of all ranks and micro-batches, N patch tokens, D width.
+Letters: B rows (products) of a rank or micro-batch, G of the global batch, N patch tokens, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -32,31 +34,12 @@ from torch import Tensor
 
 from eclip.dataloading.schema import Batch
 from eclip.model.eclip import ECLIP, ImageFeatures
+from eclip.model.settings import ModelConfig
+from eclip.objectives.contrast import Labels, image_text_loss, unit
+from eclip.objectives.draws import Draws, draw_tokens
 from eclip.objectives.settings import ObjectiveConfig
-from eclip.objectives.views import CachedFeatures, View
+from eclip.objectives.views import CachedFeatures, View, encode_view
 from eclip.parallel.gather import gather_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What rows are without the others."""
-
-    views: tuple[View, ...]
-    """Views a, by the model, and where the objective reads two, b, by the momentum model."""
-    pairs: dict[str, Tensor]
-    """Unit vectors (B, D) by name, for `pair_losses`."""
-    pool: dict[str, Tensor]
-    """(B, ...) by name: what `local_losses` wants of all G rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Local:
-    """What rows are with the pool of all."""
-
-    losses: dict[str, Tensor]
-    """Scalars by name, means over the rows."""
-    pairs: dict[str, Tensor]
-    """Further unit vectors (B, D) by name, for `pair_losses`; those of the momentum model have no gradient."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,9 @@ class Objective(ABC):
     text: ClassVar[Literal["pooled", "tokens"]] = "pooled"
     """Which output of the text tower it reads; `encode_view` gives the pooled one alone so far."""
     needs_momentum: ClassVar[bool]
-    """Whether a momentum model stands beside the model."""
+    """Whether a momentum model stands beside the model, and encodes view b."""
+    splits: ClassVar[bool] = True
+    """Whether its stages give the gradients of a whole batch from micro-batches."""
 
     @property
     @abstractmethod
@@ -87,66 +72,98 @@ class Objective(ABC):
     def weights(self, step: int) -> dict[str, float]:
         """The weight of each loss at a step, in the order of the log."""
 
-    @abstractmethod
-    def features(
-        self,
-        model: ECLIP,
-        momentum: ECLIP | None,
-        batch: Batch,
-        cached: CachedFeatures | None,
-        *,
-        step: int,
-        seed: int,
-    ) -> Encoded:
-        """Encode the rows of a batch or micro-batch; `cached` replaces towers."""
+    def draw(self, total: int, rows: range, model: ModelConfig, *, step: int, seed: int) -> Draws:
+        """The random numbers of `rows` of a step's global batch of `total` rows, on the CPU."""
+        return Draws(rows.start, draw_tokens(model.grid**2, self.config.token_keep, seed=seed, step=step))
 
-    @abstractmethod
+    def encode(self, model: ECLIP, batch: Batch, cached: CachedFeatures | None, draws: Draws) -> View:
+        """View a; `cached` replaces towers."""
+        return encode_view(model, batch, cached, 0, draws.kept)
+
+    @torch.no_grad()
+    def encode_momentum(self, momentum: ECLIP, batch: Batch, cached: CachedFeatures | None, draws: Draws) -> View:
+        """View b by the momentum model."""
+        return encode_view(momentum, batch, cached, 1, draws.kept)
+
+    def pairs(self, view: View) -> dict[str, Tensor]:
+        """Unit vectors (B, D) by name, for `pair_losses`."""
+        return {"image": unit(view.image.cls), "text": unit(view.text)}
+
+    def pool(self, view: View, other: View | None, batch: Batch) -> dict[str, Tensor]:
+        """(B, ...) by name: what the further stages want of all rows. other: view b, with `needs_momentum`."""
+        return {}
+
+    def targets(
+        self, momentum: ECLIP | None, other: View | None, pool: dict[str, Tensor], draws: Draws
+    ) -> dict[str, Tensor]:
+        """(B, ...) by name: what `local_losses` compares rows with, given the `pool` of all G rows."""
+        return {}
+
     def local_losses(
         self,
         model: ECLIP,
-        momentum: ECLIP | None,
         batch: Batch,
-        encoded: Encoded,
+        view: View,
         pool: dict[str, Tensor],
+        targets: dict[str, Tensor],
+        draws: Draws,
         *,
-        step: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Local:
-        """`encoded` rows of `batch`, which are rows [rank * B, (rank + 1) * B) of G = world_size * B in `pool`."""
-
-    @abstractmethod
-    def pair_losses(
-        self, model: ECLIP, pairs: dict[str, Tensor], batch: Batch, *, group: dist.ProcessGroup | None = None
+        observe: bool = False,
     ) -> dict[str, Tensor]:
-        """`pairs` of all rows of this rank, compared with all ranks'; of `batch` only the ids are read."""
+        """Scalars by name, means over the rows of `batch`; `pool` and `targets` are those of all G rows.
+
+        observe: also give numbers for the log that no weight is for.
+        """
+        return {}
+
+    def pair_losses(
+        self,
+        pairs: dict[str, Tensor],
+        batch: Labels,
+        *,
+        scale: Tensor,
+        kernels: str,
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[str, Tensor]:
+        """`pairs` of all rows of this rank, compared with all ranks'. scale, kernels: the model's."""
+        images, texts = pairs["image"], pairs["text"]
+        return {"itc": image_text_loss(images, texts, batch, self.config, scale=scale, kernels=kernels, group=group)}
 
     def losses(
         self,
         model: ECLIP,
         momentum: ECLIP | None,
         batch: Batch,
+        draws: Draws,
         *,
-        features: CachedFeatures | None = None,
-        step: int,
-        seed: int,
+        cached: CachedFeatures | None = None,
         group: dist.ProcessGroup | None = None,
+        observe: bool = False,
     ) -> dict[str, Tensor]:
         """All losses of one step: "loss" (the weighted sum) and each term by name, scalars.
 
         float32, or float64 of a float64 model. Every loss is this rank's share; their mean over ranks is exact.
         momentum may be None without `needs_momentum`.
         """
-        rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        encoded = self.features(model, momentum, batch, features, step=step, seed=seed)
-        assert len(encoded.views) == self.views, f"{len(encoded.views)} views encoded, {self.views} declared"
-        pool = {name: gather_rows(rows, group) for name, rows in encoded.pool.items()}
-        local = self.local_losses(
-            model, momentum, batch, encoded, pool, step=step, seed=seed, rank=rank, world_size=world_size
-        )
-        losses = self.pair_losses(model, encoded.pairs | local.pairs, batch, group=group) | local.losses
-        return {**losses, "loss": self.weighted_sum(losses, step)}
+        view = self.encode(model, batch, cached, draws)
+        pairs = self.pairs(view)
+        other = None
+        if self.needs_momentum:
+            assert momentum is not None, "this objective needs the momentum model"
+            other = self.encode_momentum(momentum, batch, cached, draws)
+        pool = {name: gather_rows(rows, group) for name, rows in self.pool(view, other, batch).items()}
+        found = self.targets(momentum, other, pool, draws)
+        targets = {name: gather_rows(rows, group) for name, rows in found.items()}
+        local = self.local_losses(model, batch, view, pool, targets, draws, observe=observe)
+        coupled = self.pair_losses(pairs, batch, scale=model.scale(), kernels=model.config.kernels, group=group)
+        return self.in_order({**coupled, **local}, batch.step)
+
+    def in_order(self, losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Losses in the order of `weights`, then "loss", then what has no weight."""
+        weights = self.weights(step)
+        ordered = {name: losses[name] for name in weights}
+        rest = {name: value for name, value in losses.items() if name not in weights}
+        return {**ordered, "loss": self.weighted_sum(losses, step), **rest}
 
     def weighted_sum(self, losses: dict[str, Tensor], step: int) -> Tensor:
         """Of the losses that are given."""

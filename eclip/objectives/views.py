@@ -3,6 +3,7 @@
 Letters: B products, N patch tokens (K of them kept), D embedding width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from eclip.dataloading.schema import Batch
 from eclip.model.eclip import ECLIP, ImageFeatures
-from eclip.objectives.draws import draw_tokens
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class CachedFeatures:
 
     images: Tensor | None
     texts: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "CachedFeatures":
+        """Every tensor changed: moved to a device, pinned."""
+        return CachedFeatures(*(None if x is None else change(x) for x in (self.images, self.texts)))
 
 
 @dataclass(frozen=True)
@@ -31,31 +35,30 @@ class View:
     """(B, D)."""
 
 
-def encode_view(
-    model: ECLIP, batch: Batch, cached: CachedFeatures | None, view: int, *, token_keep: float, step: int, seed: int
-) -> View:
-    """View 0 (a) or 1 (b) of a batch by `model`; `token_keep` is the share of patch tokens that stay this step."""
+def encode_view(model: ECLIP, batch: Batch, cached: CachedFeatures | None, view: int, kept: Tensor | None) -> View:
+    """View 0 (a) or 1 (b) of a batch by `model`; kept: (2, K) patch tokens of views a and b that stay, None for all.
+
+    A tower computes nothing for the others; of cached features they are dropped.
+    """
     cached = cached or CachedFeatures(None, None)
+    own = None if kept is None else kept[view]
     if cached.images is not None:
-        tower = cached.images[:, view]
+        tower = _keep_tokens(cached.images[:, view], own)
     else:
         assert batch.images is not None, "a batch without images needs cached features"
-        tower = model.image_tower(batch.images[:, view])
-    kept = draw_tokens(model.config.grid**2, token_keep, seed=seed, step=step)[view]
-    return View(model.project_image(_keep_tokens(tower, kept)), _encode_text(model, batch, cached, view))
+        tower = model.image_tower(batch.images[:, view], own)
+    return View(model.project_image(tower), _encode_text(model, batch, cached, view))
 
 
-def _keep_tokens(tower_output: Tensor, kept: Tensor) -> Tensor:
+def _keep_tokens(tower_output: Tensor, kept: Tensor | None) -> Tensor:
     """(B, 1+N, width) -> (B, 1+K, width): CLS and the patch tokens `kept` (K,)."""
-    if len(kept) == tower_output.shape[1] - 1:
+    if kept is None:
         return tower_output
-    rows = torch.cat([torch.zeros(1, dtype=kept.dtype), kept + 1]).to(tower_output.device)
-    return tower_output.index_select(1, rows)
+    return tower_output.index_select(1, torch.cat([kept.new_zeros(1), kept + 1]))
 
 
 def _encode_text(model: ECLIP, batch: Batch, cached: CachedFeatures, view: int) -> Tensor:
     if cached.texts is not None:
         return model.project_text(cached.texts[:, view])
-    count = len(batch.product_ids)
-    bounds = batch.cu_seqlens[view * count : (view + 1) * count + 1]
-    return model.encode_text(batch.tokens[int(bounds[0]) : int(bounds[-1])], bounds - bounds[0])
+    tokens, bounds, longest = batch.titles(view)
+    return model.encode_text(tokens, bounds, longest=longest)

@@ -8,6 +8,7 @@ from eclip.model.eclip import ECLIP
 from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import Ranks
 from eclip.training.feature_cache.cache import FeatureCache, cache_folder
+from eclip.training.optim import lock_towers
 from eclip.training.prepare import Prepared
 from eclip.weights.pretrained import load_image_weights, load_text_weights
 
@@ -23,10 +24,7 @@ def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
         load_image_weights(model.image_encoder, config.image_weights, tower=config.image_tower)
     if pretrained and config.text_weights is not None:
         load_text_weights(model.text_encoder, config.text_weights, tower=config.text_tower)
-    if config.lock_image:
-        model.image_encoder.requires_grad_(False)
-    if config.lock_text:
-        model.text_encoder.requires_grad_(False)
+    lock_towers(model, config)
     make_objective(config.objective).lock_unused(model)
     return model
 
@@ -66,7 +64,8 @@ def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:
     return ProductLoader(
         prepared.index,
         prepared.tokenizer,
-        global_batch_size=config.global_batch_size,
+        global_batch_size=config.schedule,
+        micro_batch=config.micro_batch,
         image_size=config.model.image_size,
         seed=config.seed,
         rank=ranks.rank,

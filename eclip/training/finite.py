@@ -1,4 +1,8 @@
-"""A loss that is not a number ends the run before the step is taken, with the images that may have caused it."""
+"""A step whose loss or gradient is not a number is skipped, on the device; here it is counted, and its images kept.
+
+One bad step of a million must not end a run: the weights stay as they were, and the keys of its images go to a file,
+for a resumed run meets the same batch again. Many in a row mean that the run has diverged: it ends.
+"""
 
 import json
 import math
@@ -6,42 +10,73 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor
-
-from eclip.dataloading.schema import Batch
+from eclip.dataloading.system.console import say
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.watch import PeerFailed
+from eclip.training.flight import Record
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or the gradient norm is NaN or infinite. The weights are still those before the step."""
+    """Losses or gradient norms are NaN or infinite, step after step. The weights are those before the first of them."""
 
 
-def require_finite(
-    values: Mapping[str, float], losses: Mapping[str, Tensor], batch: Batch, run_dir: Path, ranks: Ranks
-) -> None:
-    """Raise when one of `values`, means over ranks, is not finite; `losses` are this rank's own.
+class SkippedSteps:
+    """Counts the steps whose numbers are not finite; every rank sees the same ones.
 
-    Every rank writes its losses and images to run_dir/nonfinite_step{N}_rank{R}.json. The first whose own losses are
-    not finite raises NonFiniteLoss (rank 0 when only gradients are at fault: they are the same on all), the others
-    PeerFailed.
+    limit: how many in a row are skipped before the run ends.
     """
-    if all(math.isfinite(value) for value in values.values()):
-        return
-    path = run_dir / f"nonfinite_step{batch.step}_rank{ranks.rank}.json"
-    own = {name: float(loss.detach()) for name, loss in losses.items()}
-    report = {"step": batch.step, "mean": _as_json(values), "rank": _as_json(own), "keys": batch.keys}
-    with suppress(OSError):  # a full disk must not hide why the run ends
-        path.write_text(json.dumps(report, indent=1, allow_nan=False))
-    bad = ranks.gather(not all(math.isfinite(value) for value in own.values()))
-    if ranks.rank != (bad.index(True) if any(bad) else 0):
-        raise PeerFailed(f"step {batch.step}: not finite on another rank")
-    numbers = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-    shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
-    raise NonFiniteLoss(
-        f"step {batch.step}: {numbers}. Images of rank {ranks.rank}: {shown} ({len(batch.keys)} in {path}). "
-        f"The newest checkpoint is from before; lower --learning-rate or --clip-norm, or use --no-bf16"
-    )
+
+    def __init__(self, limit: int, run_dir: Path, ranks: Ranks) -> None:
+        self.limit, self.run_dir, self.ranks = limit, run_dir, ranks
+        self.total = self.in_a_row = 0
+
+    def see(self, record: Record) -> bool:
+        """Whether a step's means over ranks are finite.
+
+        If not, every rank writes its losses and images to run_dir/nonfinite_step{N}_rank{R}.json. Past the limit the
+        first rank whose own losses are not finite raises NonFiniteLoss (rank 0 when only gradients are at fault: they
+        are the same on all), the others PeerFailed.
+        """
+        if all(math.isfinite(value) for value in record.means.values()):
+            self.in_a_row = 0
+            return True
+        self.total += 1
+        self.in_a_row += 1
+        path = self.run_dir / f"nonfinite_step{record.step}_rank{self.ranks.rank}.json"
+        self._write(path, record)
+        if self.in_a_row > self.limit:
+            self._end(path, record)
+        if self.ranks.is_main:
+            again = f"{self.in_a_row} in a row; " if self.in_a_row > 1 else ""
+            say(f"step {record.step}: {_numbers(record.means)}: skipped ({again}its images are in {path})")
+        return False
+
+    def _write(self, path: Path, record: Record) -> None:
+        report = {
+            "step": record.step,
+            "mean": _as_json(record.means),
+            "rank": _as_json(record.own),
+            "keys": list(record.keys),
+        }
+        with suppress(OSError):  # a full disk must not hide what happened
+            path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+
+    def _end(self, path: Path, record: Record) -> None:
+        bad = self.ranks.gather(not all(math.isfinite(value) for value in record.own.values()))
+        if self.ranks.rank != (bad.index(True) if any(bad) else 0):
+            raise PeerFailed(f"step {record.step}: not finite on another rank")
+        keys = record.keys
+        shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+        row = f"the {self.in_a_row} steps up to it were not finite either and " if self.in_a_row > 1 else "it "
+        raise NonFiniteLoss(
+            f"step {record.step}: {_numbers(record.means)}. Images of rank {self.ranks.rank}: {shown} ({len(keys)} in "
+            f"{path}). {row[0].upper()}{row[1:]}changed no weight (--max-nonfinite-steps {self.limit}), and the newest "
+            f"checkpoint is whole; lower --learning-rate or --clip-norm, or use --no-bf16"
+        )
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items())
 
 
 def _as_json(numbers: Mapping[str, float]) -> dict[str, float | str]:

@@ -1,5 +1,6 @@
 """A batch for the model of tests/model/tiny.py, and its losses."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ def make_batch(count: int = B, **changes: torch.Tensor) -> Batch:
 
 
 def compute_losses(
-    model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, **where: Any
+    model: ECLIP, batch: Batch, config: ObjectiveConfig = DEFAULT, *, step: int = 3, seed: int = 5, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Of step 3 and seed 5, with a fresh momentum model, unless told otherwise."""
+    """Of one process, with a fresh momentum model."""
     objective = make_objective(config)
     momentum = make_momentum(model) if objective.needs_momentum else None
-    return objective.losses(model, momentum, batch, **{"step": 3, "seed": 5, **where})
+    batch = dataclasses.replace(batch, step=step)
+    draws = objective.draw(len(batch.product_ids), range(len(batch.product_ids)), model.config, step=step, seed=seed)
+    return objective.losses(model, momentum, batch, draws, **options)

@@ -11,7 +11,7 @@ from eclip.objectives.eclip import EclipObjective
 from eclip.objectives.objective import make_objective
 from eclip.objectives.settings import ObjectiveConfig
 from tests.model.tiny import TINY
-from tests.objectives.batches import make_batch
+from tests.objectives.batches import B, make_batch
 
 CLIP, ECLIP_ = ObjectiveConfig(objective="clip"), ObjectiveConfig()
 
@@ -31,7 +31,8 @@ def test_what_the_two_ask_for() -> None:
 def test_a_locked_part_gets_no_gradient_and_every_other_does(model: ECLIP, config: ObjectiveConfig) -> None:
     objective = make_objective(config)
     objective.lock_unused(model)
-    objective.losses(model, model, make_batch(), step=0, seed=0)["loss"].backward()
+    draws = objective.draw(B, range(B), TINY, step=0, seed=0)
+    objective.losses(model, model, make_batch(), draws)["loss"].backward()
     for name, parameter in model.named_parameters():
         unused = name.split(".")[0] in ("queries", "instance_decoder", "matching_head") and config is CLIP
         assert parameter.requires_grad != unused, name

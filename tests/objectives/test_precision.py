@@ -22,13 +22,13 @@ def _intra(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tens
 
 
 def _matching(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    draw = draw_prompts(len(texts), T, DEFAULT, seed=0, step=0)
+    draw = draw_prompts(len(texts), range(len(texts)), T, DEFAULT, seed=0, step=0)
     excluded = torch.zeros(slots.shape[:2], dtype=torch.bool)
-    return matching_loss(model, slots[:, 0], texts, texts, draw, excluded, seed=0, step=0)
+    return matching_loss(model, slots[:, 0], texts, texts, draw, excluded)
 
 
 def _contrastive(model: ECLIP, slots: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    return contrast(model, unit(slots[:, 0]), unit(texts), torch.tensor(100.0), None)
+    return contrast(unit(slots[:, 0]), unit(texts), torch.tensor(100.0), model.config.kernels, None)
 
 
 # Not the contrastive kernels: they take autocast's dtype for their operands, on purpose.

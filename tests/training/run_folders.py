@@ -30,7 +30,7 @@ def make_config(data_dir: Path, run_dir: Path, **changes: Any) -> RunConfig:
     base = PRESETS["debug"]
     wanted = {"data_dir": data_dir, "run_dir": run_dir, "steps": 2, "evaluate": False, **changes}
     parts = {}
-    for part in ("model", "data", "objective", "optim"):
+    for part in ("model", "data", "objective", "optim", "compute"):
         own = {f.name for f in dataclasses.fields(getattr(base, part))} & set(wanted)
         parts[part] = dataclasses.replace(getattr(base, part), **{name: wanted.pop(name) for name in own})
     return dataclasses.replace(base, **parts, **wanted)

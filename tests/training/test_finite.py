@@ -1,18 +1,18 @@
-"""What is said of a loss that is not finite, and by which rank."""
+"""What is said of steps that are not finite, by which rank, and how many are too many."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from eclip.dataloading.schema import Batch
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.watch import PeerFailed
-from eclip.training.finite import NonFiniteLoss, require_finite
+from eclip.training.finite import NonFiniteLoss, SkippedSteps
+from eclip.training.flight import Record
 
 NAN = float("nan")
+KEYS = [f"p{i}/000.jpg" for i in range(10)]
 
 
 class _OfThree(Ranks):
@@ -25,37 +25,55 @@ class _OfThree(Ranks):
         return list(self.bad)
 
 
-def _ranks(rank: int, bad: tuple[bool, ...]) -> Ranks:
+def _ranks(rank: int, bad: tuple[bool, ...] = (False,) * 3) -> Ranks:
     ranks = _OfThree(rank=rank, world_size=3, device=torch.device("cpu"), mesh=None)
     object.__setattr__(ranks, "bad", bad)
     return ranks
 
 
-@pytest.fixture
-def batch() -> Batch:
-    fields = {field.name: None for field in dataclasses.fields(Batch)}
-    return Batch(**{**fields, "keys": [f"p{i}/000.jpg" for i in range(10)], "step": 7})
+def _record(step: int, mean: float = NAN, own: float = 2.0) -> Record:
+    return Record(step, KEYS, 1e-3, {"loss": mean, "grad_norm": mean}, {"loss": own, "grad_norm": own})
 
 
-def test_finite_numbers_pass(batch: Batch, tmp_path: Path) -> None:
-    require_finite({"loss": 1.0}, {"loss": torch.tensor(1.0)}, batch, tmp_path, _ranks(0, (False,) * 3))
+def test_finite_numbers_pass(tmp_path: Path) -> None:
+    skipped = SkippedSteps(0, tmp_path, _ranks(0))
+    assert skipped.see(_record(7, 1.0))
+    assert skipped.total == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_few_are_counted_and_their_images_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skipped = SkippedSteps(2, tmp_path, _ranks(0))
+    assert [skipped.see(_record(step, mean)) for step, mean in enumerate([1.0, NAN, float("inf"), 1.0, NAN])] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert skipped.total == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"nonfinite_step{n}_rank0.json" for n in (1, 2, 4)]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert "step 1: loss nan, grad_norm nan: skipped (its images are in" in said[0]
+    assert "step 2: loss inf, grad_norm inf: skipped (2 in a row;" in said[1]
 
 
 @pytest.mark.parametrize(
     "bad, speaks", [((False, True, True), 1), ((True, True, True), 0), ((False, False, True), 2), ((False,) * 3, 0)]
 )
-def test_the_first_rank_at_fault_speaks_and_all_write(
-    bad: tuple[bool, ...], speaks: int, batch: Batch, tmp_path: Path
+@pytest.mark.parametrize("limit", [0, 2])
+def test_past_the_limit_the_first_rank_at_fault_speaks_and_all_write(
+    bad: tuple[bool, ...], speaks: int, limit: int, tmp_path: Path
 ) -> None:
     for rank in range(3):
-        losses = {"loss": torch.tensor(float("inf") if bad[rank] else 2.0)}
+        skipped = SkippedSteps(limit, tmp_path, _ranks(rank, bad))
+        for step in range(7 - limit, 7):
+            assert not skipped.see(_record(step))
         with pytest.raises(NonFiniteLoss if rank == speaks else PeerFailed) as error:
-            require_finite({"loss": NAN, "grad_norm": NAN}, losses, batch, tmp_path, _ranks(rank, bad))
+            skipped.see(_record(7, own=float("inf") if bad[rank] else 2.0))
         if rank == speaks:
             assert f"Images of rank {rank}: p0/000.jpg" in str(error.value)
             assert "step 7: loss nan, grad_norm nan" in str(error.value)
+            assert ("the 3 steps up to it" in str(error.value).lower()) == (limit == 2)
+            assert "\n" not in str(error.value)
         report = json.loads((tmp_path / f"nonfinite_step7_rank{rank}.json").read_text())
-        assert len(report["keys"]) == 10
+        assert report["keys"] == KEYS
         assert report["mean"] == {"loss": "nan", "grad_norm": "nan"}  # JSON has no NaN
-        assert report["rank"] == {"loss": "inf" if bad[rank] else 2.0}
+        assert report["rank"]["loss"] == ("inf" if bad[rank] else 2.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from eclip.config import RunConfig
 from eclip.files import CannotWrite
@@ -96,25 +97,55 @@ def test_two_ranks_give_the_losses_of_one(twelve_products: Path, tmp_path: Path)
     assert_same_losses()
 
 
-def test_non_finite_loss_stops_with_step_losses_and_keys(
-    twelve_products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let the losses of some steps be NaN."""
     losses_of = EclipObjective.losses
 
-    def poisoned(*args: Any, step: int, **kwargs: Any) -> dict[str, torch.Tensor]:
-        losses = losses_of(*args, step=step, **kwargs)
-        if step == 2:
+    def poisoned(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        losses = losses_of(*args, **kwargs)
+        batch = args[3]
+        if batch.step in steps:
             losses["loss"] = losses["loss"] * float("nan")
         return losses
 
     monkeypatch.setattr(EclipObjective, "losses", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"step 2: itc [\d.]+.*loss nan.*p\d+/00\d.jpg") as error:
-        train(_config(twelve_products, tmp_path), ALONE)
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_with_losses_and_keys(
+    twelve_products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, 2, 3, 4)
+    with pytest.raises(NonFiniteLoss, match=r"step 4: itc [\d.]+.*loss nan.*p\d+/00\d.jpg") as error:
+        train(_config(twelve_products, tmp_path, max_nonfinite_steps=2), ALONE)
     assert "16 in" in str(error.value)
     report = json.loads((tmp_path / "nonfinite_step2_rank0.json").read_text())
     assert report["step"] == 2
     assert len(report["keys"]) == 16
-    assert len(metrics_lines(tmp_path)) == 2
+    assert [line["step"] for line in metrics_lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line.get("skipped_steps", 0) for line in metrics_lines(tmp_path)] == [0, 0, 1, 2]
+    assert "loss" not in metrics_lines(tmp_path)[2]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    twelve_products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights nor moments nor the momentum model: those of the checkpoints before and after it are equal."""
+    _poison(monkeypatch, 2)
+    assert train(_config(twelve_products, tmp_path, steps=4, checkpoint_every=1, keep_checkpoints=9), ALONE)
+    before, after, later = (_tensors(tmp_path / "checkpoints" / f"step_0000000{n}") for n in (2, 3, 4))
+    assert any(name.startswith("momentum.") for name in before)
+    assert any(name.endswith("exp_avg") for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(after["model.logit_scale"], later["model.logit_scale"])
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size) for key, entry in metadata.items()}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_resume_repeats_the_unbroken_one(
