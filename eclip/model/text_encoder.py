@@ -5,9 +5,10 @@ weights/pretrained.py adds that row to the position embedding. BERT's pooler (a 
 Letters: n texts, total tokens of all of them, D width.
 """
 
+import torch
 from torch import Tensor, nn
 
-from eclip.model.ragged import Ragged
+from eclip.model.ragged import Kernel, Ragged, choose_kernel
 from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PostNormBlock, init_transformer
 
@@ -16,6 +17,9 @@ BERT_EPS = 1e-12
 
 class TextEncoder(nn.Module):
     """Token ids to one vector a text: the first token's (`cls`) or the mean over all its tokens (`mean`)."""
+
+    kernel: Kernel | None = None
+    """Of attention, see `set_text_attention`; None: padded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,9 +38,9 @@ class TextEncoder(nn.Module):
 
         Raises ValueError for a text longer than the position embedding.
         """
-        if ragged.present.shape[1] > self.config.max_positions:
+        if ragged.longest > self.config.max_positions:
             raise ValueError(
-                f"a text of {ragged.present.shape[1]} tokens is longer than max_positions={self.config.max_positions}; "
+                f"a text of {ragged.longest} tokens is longer than max_positions={self.config.max_positions}; "
                 f"lower --data.max-tokens or raise --model.max-positions"
             )
         x = self.norm(self.word_embedding(tokens) + self.position_embedding(ragged.positions))
@@ -50,9 +54,26 @@ class TextEncoder(nn.Module):
         longest: tokens of the longest text, or more; given, nothing is read from the device. Returns (n, D). Raises
         ValueError for one longer than max_positions, and, where longest is not given, for an empty text.
         """
-        ragged = Ragged.from_cu_seqlens(cu_seqlens, total=len(tokens), longest=longest)
+        ragged = Ragged.from_cu_seqlens(cu_seqlens, total=len(tokens), longest=longest, kernel=self.kernel)
         x = self.hidden(tokens, ragged)
         if self.config.text_pooling == "cls":
             return x.index_select(0, ragged.starts)
         total = x.new_zeros(len(ragged.lengths), x.shape[1]).index_add(0, ragged.sequence, x)
         return total / ragged.lengths[:, None]
+
+
+def set_text_attention(model: nn.Module, choice: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Let the text towers in `model` compute attention by `choice`, for inputs on `device` in `dtype`: a name of
+    ragged.KERNELS, or "auto" for the first that works there. Other inputs are padded.
+
+    dtype: of queries and keys, which is autocast's where it is on. Returns the name. Raises ValueError where the kernel
+    that is asked for is not installed or does not work.
+    """
+    name = "padded"
+    for tower in model.modules():
+        if isinstance(tower, TextEncoder):
+            heads = tower.config.text_heads
+            head_dim = tower.config.text_width // heads
+            tower.kernel = choose_kernel(choice, device, dtype, num_heads=heads, head_dim=head_dim)
+            name = tower.kernel.name
+    return name
