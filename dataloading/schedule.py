@@ -27,16 +27,16 @@ class BatchSchedule:
         example = "write step:size pairs, e.g. 0:1024,2000:4096"
         entries = []
         for pair in text.split(","):
-            step, colon, size = pair.partition(":")
-            if not colon or not step.strip().isdecimal() or not size.strip().isdecimal():
+            first, colon, size = pair.partition(":")
+            if not colon or not first.strip().isdecimal() or not size.strip().isdecimal():
                 raise ValueError(f"batch schedule {text!r}: {pair.strip()!r} is no step:size; {example}")
-            entries.append((int(step), int(size)))
+            entries.append((int(first), int(size)))
         if entries[0][0] != 0:
             raise ValueError(f"batch schedule {text!r}: it begins at step {entries[0][0]}, not 0; {example}")
         for (before, _), (step, _) in pairwise(entries):
             if step <= before:
                 raise ValueError(f"batch schedule {text!r}: step {step} follows step {before}; {example}")
-        if small := [size for _, size in entries if size < 2]:
+        if small := [products for _, products in entries if products < 2]:
             raise ValueError(
                 f"batch schedule {text!r}: size {small[0]}, contrast needs two products or more; {example}"
             )

@@ -26,8 +26,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kernels": (("launch",), ("slot_attention", "contrastive"), ("compile_check",)),
     "dataloading": (
         ("errors", "file_kinds", "schema", "schedule"),
-        ("parts", "system", "images", "tables", "tars", "vocabulary"),
-        ("packing", "text"),
+        ("parts", "system", "images", "tables", "tars", "text"),
+        ("packing",),
         ("shards",),
         ("sampling",),
         ("pipeline",),

@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -99,10 +100,10 @@ class WordPiece:
     """
 
     def __init__(self, tokenizer: Tokenizer):
+        tokenizer.no_truncation()  # `encode` cuts by itself: it changes nothing, so that threads may share it
         self._tokenizer = tokenizer
-        self._max_tokens = 0
         self.vocab_size: int = tokenizer.get_vocab_size()
-        ids = [tokenizer.token_to_id(name) for name in SPECIALS]
+        ids: list[Any] = [tokenizer.token_to_id(name) for name in SPECIALS]  # int: all have them
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
 
     @classmethod
@@ -161,8 +162,6 @@ class WordPiece:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, which `load` and the `tokenizers` library read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._tokenizer.no_truncation()
-        self._max_tokens = 0
         # Not Tokenizer.save: of a full disk it raises an Exception of no special kind.
         (Path(folder) / _FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
@@ -186,15 +185,20 @@ class WordPiece:
     def encode(self, texts: Sequence[str], max_tokens: int = 55) -> tuple[Tensor, Tensor]:
         """Texts to a ragged batch: tokens (total,) int64 and cu_seqlens (n+1,) int32.
 
-        Each text is [CLS] pieces [SEP], cut to max_tokens with [SEP] kept; an empty text is [CLS] [SEP].
+        Each text is [CLS] pieces [SEP], cut to max_tokens with [SEP] kept; an empty text is [CLS] [SEP]. Raises
+        ValueError for a tokenizer that adds neither, and so leaves nothing of it.
         """
         if max_tokens < 3:
             raise ValueError(f"max_tokens={max_tokens}: [CLS], one piece and [SEP] need 3")
-        if max_tokens != self._max_tokens:
-            self._tokenizer.enable_truncation(max_tokens)
-            self._max_tokens = max_tokens
         # One by one: encode_batch starts threads, which do not survive the fork of a data worker.
         ids = [self._tokenizer.encode(text).ids for text in texts]
+        if not all(ids):
+            text = texts[next(i for i, row in enumerate(ids) if not row)]
+            raise ValueError(
+                f"the text {text!r} has no token: this tokenizer adds no [CLS] and [SEP]; restore {_FILE} from a copy "
+                f"of the run"
+            )
+        ids = [row if len(row) <= max_tokens else [*row[: max_tokens - 1], self.sep_id] for row in ids]
         lengths = torch.tensor([0, *map(len, ids)], dtype=torch.int32)
         tokens = torch.tensor([i for row in ids for i in row], dtype=torch.int64)
         return tokens, lengths.cumsum(0, dtype=torch.int32)

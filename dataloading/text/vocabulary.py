@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .file_kinds import HEAD, file_kind
+from ..file_kinds import HEAD, file_kind
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WANTED = "give the vocab.txt of a BERT: WordPiece, one piece a line"

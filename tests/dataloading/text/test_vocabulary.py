@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from eclip.dataloading.text import WordPiece
-from eclip.dataloading.vocabulary import SPECIALS, read_vocabulary
+from eclip.dataloading.text import SPECIALS, WordPiece, read_vocabulary
 
 ODD = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\xa0", "\u3000", " ", "##\u2028", "﹨"]
 
