@@ -67,6 +67,11 @@ def shard(
 
     mesh: one dimension, or two, of which the first has copies. Blocks are the members of every ModuleList named
     `blocks`. Gradients are reduced in float32 (in float64 where parameters are), averaged over ranks.
+
+    block_dtype=bfloat16 halves what blocks gather and saves autocast's casts of their matrices, forward and backward.
+    It rounds what autocast leaves alone: norms, scales, and sums of gradients in a block. Measured on the demo model
+    (two ranks on CPUs, autocast emulated as a GPU has it, root mean square over eight random models): a loss of 8.5
+    misses float64's by 1.9e-3, under autocast alone by 0.9e-3; the gradient by 1.6% of its length, alone by 1.2%.
     """
     double = any(p.dtype == torch.float64 for p in root.parameters())
     reduce_dtype = torch.float64 if double else torch.float32
