@@ -12,8 +12,9 @@ wait, and belongs outside.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -51,8 +52,7 @@ def no_host_waits(device: torch.device = DEVICE) -> Iterator[None]:
             stack.callback(torch.cuda.set_sync_debug_mode, before)
             torch.cuda.set_sync_debug_mode("error")
         else:
-            stack.enter_context(_Functions(_refuse))
-            stack.enter_context(_Operators(_refuse))
+            stack.enter_context(_watched(_refuse))
         yield
 
 
@@ -65,8 +65,28 @@ def waits() -> Iterator[list[str]]:
     a scalar tensor of the host in torch.where. Whether the host's memory is pinned is not seen.
     """
     found: list[str] = []
-    with _Functions(found.append), _Operators(found.append):
+    with _watched(found.append):
         yield found
+
+
+@contextmanager
+def _watched(tell: Callable[[str], None]) -> Iterator[None]:
+    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
+
+    # Both refuse a "meta".
+    def known(device: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device == DEVICE.type else autocast(device, *args, **kwargs)
+
+    def enabled(*device: str) -> bool:
+        return device != (DEVICE.type,) and is_enabled(*device)
+
+    with (
+        patch.object(torch, "autocast", known),
+        patch.object(torch, "is_autocast_enabled", enabled),
+        _Functions(tell),
+        _Operators(tell),
+    ):
+        yield
 
 
 def _refuse(what: str) -> None:
