@@ -101,9 +101,10 @@ with ExitStack() as hold:
         assert "--kernels reference compares on one rank, these are 2" in str(error)
     else:
         raise AssertionError("not refused")
+assert ranks.highest(10 if ranks.is_main else 15) == 15
 assert dist.all_reduce(torch.zeros(1)) is None
 dist.all_reduce = real[0]
-assert ranks.highest(10 if ranks.is_main else 15) == 15
+assert ranks.mean(torch.tensor([1.0, ranks.rank])).tolist() == [1.0, 0.5]
 part(ranks)
 print(f"rank {ranks.rank} done", flush=True)
 """
@@ -115,3 +116,31 @@ def test_host_work_does_not_depend_on_device_collectives(tmp_path: Path) -> None
     output = run_torchrun(WORKER, str(tmp_path), str(data))
     assert "rank 0 done" in output
     assert "rank 1 done" in output
+
+
+STANDS_STILL = """
+import os, time
+from eclip.parallel import ending
+from eclip.parallel.ranks import find_ranks, start_ranks
+
+ranks = start_ranks(find_ranks(timeout=2))
+assert ranks.highest(3 + ranks.rank) == 4
+began = time.monotonic()
+if ranks.is_main:
+    try:
+        ranks.highest(0)
+    except RuntimeError as error:
+        assert 1 < time.monotonic() - began < 5
+        assert ending._LOST.search(str(error)), error
+        print("did not wait for ever", flush=True)
+    ranks.watch.store.set("seen", "")
+else:
+    ranks.watch.store.wait(["seen"])
+ranks.watch.retire()
+os._exit(0)
+"""
+
+
+def test_the_vote_waits_for_a_rank_that_stands_still_only_so_long() -> None:
+    """Its signs of life go on: they come from a thread."""
+    assert "did not wait for ever" in run_torchrun(STANDS_STILL)
