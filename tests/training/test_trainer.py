@@ -15,9 +15,11 @@ import torch.distributed.checkpoint as dcp
 from eclip.config import RunConfig
 from eclip.files import CannotWrite
 from eclip.objectives.eclip import EclipObjective
+from eclip.presets import PRESETS
 from eclip.train import NonFiniteLoss, train
 from eclip.training.checkpoint import load_run
 from eclip.training.checkpoint_files import list_checkpoints
+from eclip.training.optim import learning_rate
 from tests.helpers import run_torchrun
 from tests.training.run_folders import ALONE, make_config, metrics_lines
 
@@ -173,3 +175,26 @@ def test_the_scale_is_in_the_metrics(straight: Path) -> None:
     lines = metrics_lines(straight)
     assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07)
     assert all(1 <= line["logit_scale"] <= 100 for line in lines)
+
+
+def test_a_growing_batch_is_resumed_in_its_middle_by_other_ranks_and_parts(
+    twelve_products: Path, tmp_path: Path
+) -> None:
+    """Sizes 4, 8 and 12 by one process; again, from step 4 on, by two ranks that take 2 products at a time."""
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    schedule = {"batch_schedule": "0:4,3:8,6:12", "steps": 9, "checkpoint_every": 4, "keep_checkpoints": 9}
+    assert train(_config(twelve_products, alone, lr_scaling="linear", **schedule), ALONE)
+    shutil.copytree(alone, two)
+    for later in ("step_00000008", "step_00000009"):
+        shutil.rmtree(two / "checkpoints" / later)
+    flags = ["--preset", "debug", "--steps", "9", "--data-dir", str(twelve_products), "--run-dir", str(two)]
+    flags += ["--batch-schedule", "0:4,3:8,6:12", "--lr-scaling", "linear", "--micro-batch", "2", "--resume"]
+    run_torchrun("-m", "eclip.train", *flags, "--no-evaluate", timeout=240)
+    for expected, found in zip(metrics_lines(alone), metrics_lines(two), strict=True):
+        assert found["learning_rate"] == expected["learning_rate"]
+        for name in LOSSES:
+            assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (expected["step"], name)
+    rates = [line["learning_rate"] for line in metrics_lines(alone)]
+    unscaled = PRESETS["debug"].optim
+    shares = [rates[s] / learning_rate(s, 9, unscaled) for s in range(8)]
+    assert shares == pytest.approx([1 / 3] * 3 + [2 / 3] * 3 + [1.0] * 2)
