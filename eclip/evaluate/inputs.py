@@ -14,7 +14,7 @@ import torch
 
 from eclip.config import RunConfig
 from eclip.dataloading.shards import ShardIndex
-from eclip.training.run_folder import read_data_record
+from eclip.training.checkpoint.run_folder import read_data_record
 
 
 class OtherData(ValueError):

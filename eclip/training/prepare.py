@@ -19,14 +19,14 @@ from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.files import writing
-from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
 from eclip.presets import DISPOSABLE_RUNS, PRESETS
-from eclip.training.checkpoint_files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
+from eclip.training.checkpoint.files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
 from eclip.training.metrics.sinks import check_packages
-from eclip.training.resume_rules import describe_changes, require_same_run
-from eclip.training.run_folder import (
+from eclip.training.optim import check_locks, check_optimizer, describe_switch
+from eclip.training.checkpoint.resume_rules import describe_changes, require_same_run
+from eclip.training.checkpoint.run_folder import (
     check_usable,
     install,
     own,
@@ -35,6 +35,9 @@ from eclip.training.run_folder import (
     read_tokenizer,
     refuse_busy,
 )
+from eclip.training.starting.batches import as_begun, check_batches, resolve_sizes
+from eclip.training.starting.estimate import check_resources
+from eclip.training.starting.start_from import Start, open_start
 
 PACKED_PRESETS = ("demo", "demo_towers", "debug")
 """Presets whose own data folder is filled from the embedded catalogue."""
@@ -80,7 +83,10 @@ def prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     another program, a resume under other settings, of a damaged run or with nothing left to do.
     """
     check_packages(config)
-    _check_batch(config, ranks)
+    check_optimizer(config)
+    check_locks(config)
+    if not config.fit_batch:
+        check_batches(config, ranks)
     # A restart by torchrun has the flags of the first start, which may have been a new run.
     resume = ranks.from_main(lambda: config.resume or begun_by_this_launch(config.run_dir))
     return _prepare(dataclasses.replace(config, resume=resume), ranks, hold)
@@ -90,10 +96,16 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     saved = ranks.from_main(lambda: _check_run_dir(config))
     resumed = saved is not None
     config.check_files(resumed=resumed)
+    start = None
+    if config.start_from is not None and not resumed:
+        start = ranks.from_main(lambda: open_start(config))
     ranks.from_main(lambda: _pack_embedded_catalogue(config))
     config = _absolute(config)
     index = ShardIndex.open(config.data.data_dir, "train")
+    config, sizes = resolve_sizes(config, index.num_products, ranks.world_size)
+    check_batches(config, ranks)
     record, notes = ranks.from_main(lambda: _data_record(config, index))
+    notes = sizes + notes
     if config.global_batch_size > index.num_products:
         notes += (_repeated_products(config, index),)
     checkpoint = None
@@ -106,10 +118,11 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
         if checkpoint.state["step"] == config.steps:
             notes += (f"all {config.steps} steps are done",)
             config = _as_trained(saved, config)
-        changes = describe_changes(saved, config)
-        notes += () if changes is None else (changes,)
-    tokenizer = ranks.from_main(lambda: _tokenizer(config, index, checkpoint))
+        said = (describe_changes(saved, config), describe_switch(saved.optim, config.optim))
+        notes += tuple(note for note in said if note is not None)
+    tokenizer = ranks.from_main(lambda: _tokenizer(config, index, checkpoint, start))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    notes += check_resources(config, index, tokenizer, ranks)
     ranks.from_main(lambda: _take_folder(config, checkpoint, hold))
     return Prepared(
         config=config, index=index, tokenizer=tokenizer, checkpoint=checkpoint, notes=notes, data_record=record
@@ -123,21 +136,6 @@ def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
     return WordPiece.train(index.texts(), config.model.vocab_size)
 
 
-def _check_batch(config: RunConfig, ranks: Ranks) -> None:
-    size = config.global_batch_size
-    if size % ranks.world_size:
-        raise ValueError(
-            f"global_batch_size={size} does not divide over {ranks.world_size} ranks; "
-            f"set --global-batch-size to a multiple of {ranks.world_size}"
-        )
-    if config.model.kernels == "reference" and ranks.world_size > 1:
-        raise ValueError(
-            f"--kernels reference compares on one rank, these are {ranks.world_size}; start without torchrun, or use "
-            f"--kernels auto"
-        )
-    make_objective(config.objective).check_batch(size, config.model.num_queries)
-
-
 def _check_run_dir(config: RunConfig) -> RunConfig | None:
     """Refuse to mix two runs in one folder; the settings of the run that --resume continues. Changes nothing."""
     run_dir = config.run_dir
@@ -147,7 +145,7 @@ def _check_run_dir(config: RunConfig) -> RunConfig | None:
         if not list_checkpoints(run_dir):
             return None
         saved = read_config(run_dir)
-        require_same_run(saved, config)
+        require_same_run(saved, as_begun(saved, config))
         return saved
     if list_checkpoints(run_dir) and not _replaces(config):
         raise ValueError(
@@ -266,8 +264,12 @@ def _as_trained(saved: RunConfig, config: RunConfig) -> RunConfig:
     return dataclasses.replace(saved, run_dir=config.run_dir, resume=True, steps=config.steps, data=data)
 
 
-def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None) -> WordPiece:
-    """A new run's tokenizer, or the resumed run's own."""
+def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None, start: Start | None) -> WordPiece:
+    """A new run's tokenizer, that of the run it starts from, or the resumed run's own."""
+    if start is not None:
+        what = f"the vocabulary of --start-from {start.path}"
+        start.tokenizer.require_known(index.texts(), what, "start from a run on a catalogue of this language")
+        return start.tokenizer
     if checkpoint is None:
         tokenizer = make_tokenizer(config, index)
         _require_known_titles(tokenizer, config, index)

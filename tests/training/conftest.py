@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import eclip.training.run_folder
+import eclip.training.checkpoint.run_folder
 from tests.training.run_folders import copy_run, make_data, make_run
 from tests.twelve_products import write_twelve_products
 
@@ -12,7 +12,7 @@ from tests.twelve_products import write_twelve_products
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run folder in use is refused at once."""
-    monkeypatch.setattr(eclip.training.run_folder, "_LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(eclip.training.checkpoint.run_folder, "_LOCK_PATIENCE", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from eclip.parallel.signals import Stopped
 from eclip.presets import PRESETS
 from eclip.train import CannotStart, train
 from eclip.training.checkpoint import load_run
-from eclip.training.checkpoint_files import list_checkpoints
+from eclip.training.checkpoint.files import list_checkpoints
+from eclip.training.checkpoint.run_folder import read_config
 from eclip.training.prepare import prepare, single_image_note
-from eclip.training.run_folder import read_config
 from tests.dataloading.fixtures import make_split
 from tests.helpers import file_size_limit
 from tests.training.run_folders import ALONE, assert_refused, contents, make_config

@@ -16,8 +16,8 @@ import eclip.training.prepare
 from eclip.presets import PRESETS
 from eclip.train import CannotStart, train
 from eclip.training.checkpoint import load_run
-from eclip.training.checkpoint_files import list_checkpoints
-from eclip.training.run_folder import read_config
+from eclip.training.checkpoint.files import list_checkpoints
+from eclip.training.checkpoint.run_folder import read_config
 from tests.dataloading.fixtures import make_split
 from tests.training.run_folders import ALONE, assert_refused, contents, make_config
 

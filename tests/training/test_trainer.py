@@ -18,7 +18,7 @@ from eclip.objectives.eclip import EclipObjective
 from eclip.presets import PRESETS
 from eclip.train import NonFiniteLoss, train
 from eclip.training.checkpoint import load_run
-from eclip.training.checkpoint_files import list_checkpoints
+from eclip.training.checkpoint.files import list_checkpoints
 from eclip.training.optim import learning_rate
 from tests.helpers import run_torchrun
 from tests.training.run_folders import ALONE, make_config, metrics_lines

@@ -11,9 +11,17 @@ from unittest.mock import Mock
 
 import pytest
 
-import eclip.training.run_folder
+import eclip.training.checkpoint.run_folder
 from eclip.presets import PRESETS
-from eclip.training.run_folder import check_usable, delete_run, is_run, own, read_config, read_data_record, refuse_busy
+from eclip.training.checkpoint.run_folder import (
+    check_usable,
+    delete_run,
+    is_run,
+    own,
+    read_config,
+    read_data_record,
+    refuse_busy,
+)
 from tests.helpers import rank_environment
 
 HOLD = """
@@ -41,7 +49,7 @@ def _holder(folder: Path) -> subprocess.Popen[str]:
 
 
 def test_a_second_process_is_refused_and_told_who_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eclip.training.run_folder, "_LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr(eclip.training.checkpoint.run_folder, "_LOCK_PATIENCE", 0.2)
     holder = _holder(tmp_path)
     try:
         content = (tmp_path / ".lock").read_text()
@@ -59,7 +67,7 @@ def test_a_second_process_is_refused_and_told_who_writes(tmp_path: Path, monkeyp
 
 def test_a_killed_run_lets_go_within_the_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its data worker holds the lock until it is gone too."""
-    monkeypatch.setattr(eclip.training.run_folder, "_LOCK_PATIENCE", 60.0)
+    monkeypatch.setattr(eclip.training.checkpoint.run_folder, "_LOCK_PATIENCE", 60.0)
     holder = _holder(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait(timeout=60)

@@ -13,7 +13,7 @@ from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
 from eclip.presets import PRESETS
 from eclip.training.checkpoint import save_checkpoint
-from eclip.training.checkpoint_files import find_checkpoint, list_checkpoints, set_aside
+from eclip.training.checkpoint.files import find_checkpoint, list_checkpoints, set_aside
 from eclip.training.optim import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

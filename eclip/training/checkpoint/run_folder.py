@@ -24,7 +24,7 @@ from eclip.config import RunConfig
 from eclip.dataloading.system.lock import alone
 from eclip.dataloading.text import WordPiece
 from eclip.files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, sync_folder, writing
-from eclip.training.checkpoint_files import DAMAGED, delete, list_checkpoints
+from eclip.training.checkpoint.files import DAMAGED, delete, list_checkpoints
 
 CONFIG, DATA, TOKENIZER, METRICS = "config.json", "data.json", "tokenizer/tokenizer.json", "metrics.jsonl"
 LOCK = ".lock"

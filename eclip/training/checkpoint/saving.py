@@ -2,10 +2,10 @@
 
     run_dir/config.json, data.json        the resolved configuration; the data's fingerprints (run_folder.py)
     run_dir/tokenizer/                    the vocabulary
-    run_dir/checkpoints/step_00000200/    tensors of the model, the momentum model and AdamW, and state.json
+    run_dir/checkpoints/step_00000200/    tensors of the model, the momentum model and the optimizer, and state.json
 
 A checkpoint is written under another name and renamed when it is whole and on the disk, so that a killed run leaves no
-half one; checkpoint_files.py says what whole means. Tensors are keyed `model.NAME`, `momentum.NAME` (parts shared with
+half one; files.py says what whole means. Tensors are keyed `model.NAME`, `momentum.NAME` (parts shared with
 the model left out) and `optimizer.NAME.KEY`.
 """
 
@@ -24,7 +24,7 @@ from eclip.dataloading.text import WordPiece
 from eclip.files import PARTIAL, CannotWrite, cannot_write, sha256, writing
 from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
-from eclip.training.checkpoint_files import (
+from eclip.training.checkpoint.files import (
     delete,
     file_facts,
     find_checkpoint,
@@ -35,8 +35,9 @@ from eclip.training.checkpoint_files import (
     read_state,
     step_folder,
 )
+from eclip.training.checkpoint.run_folder import TOKENIZER, read_config, read_tokenizer
 from eclip.training.momentum import is_locked
-from eclip.training.run_folder import TOKENIZER, read_config, read_tokenizer
+from eclip.training.optim import fresh_state
 
 # A single rank asks for no process group; no need to be told at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -120,7 +121,7 @@ def load_checkpoint(
     stored = _stored_shapes(path)
     tensors = _model_tensors(model, momentum)
     _require_fit(path, tensors, stored, ("model.", "momentum.") if momentum is not None else ("model.",))
-    # AdamW makes its state at a parameter's first gradient: there is state for those that the checkpoint knows.
+    # An optimizer makes its state at a parameter's first gradient: there is state for those that the checkpoint knows.
     fresh = _empty_optimizer_state(model, optimizer, stored)
     tensors |= {f"optimizer.{name}.{key}": t for name, entry in fresh.items() for key, t in entry.items()}
     _read(tensors, path, ranks)
@@ -201,13 +202,14 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _empty_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[str, Tensor]]:
-    managed = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    managed = {id(p) for group in optimizer.param_groups for p in group["params"]}
     fresh = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in managed and f"optimizer.{name}.step" in stored:
-            counter = parameter.device if managed[id(parameter)].get("fused") else torch.device("cpu")
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            fresh[name] = {"step": torch.zeros((), device=counter), **moments}
+        if id(parameter) in managed:
+            entry = fresh_state(optimizer, parameter)
+            # Not there: it had no gradient yet, or another optimizer kept something else.
+            if all(f"optimizer.{name}.{key}" in stored for key in entry):
+                fresh[name] = entry
     return fresh
 
 

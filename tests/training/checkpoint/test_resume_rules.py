@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from eclip.presets import PRESETS
-from eclip.training.resume_rules import (
+from eclip.training.checkpoint.resume_rules import (
     MAY_CHANGE,
     MUST_BE_EQUAL,
     NO_MATTER,

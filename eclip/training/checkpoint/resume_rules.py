@@ -21,12 +21,12 @@ def _all(prefix: str, kind: Any, *but: str) -> frozenset[str]:
 MUST_BE_EQUAL = (
     _all("model", ModelConfig, "vocab_size", "kernels")
     | _all("objective", ObjectiveConfig)
-    | {"seed", "global_batch_size", "lock_image", "lock_text", "unlock_last", "cased", "data.max_tokens"}
+    | {"seed", "global_batch_size", "fit_batch", "lock_image", "lock_text", "unlock_last", "cased", "data.max_tokens"}
     # What the embedded catalogue is composed with: other values would pack it again under the run.
     | {"data.demo_image_size", "data.demo_images_per_product", "data.demo_products"}
 )
 MAY_CHANGE = _all("optim", OptimConfig) | _all("compute", ComputeConfig) | {
-    "preset", "steps", "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb",
+    "preset", "steps", "epochs", "fit_steps", "fit_warmup", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "wandb",
     "evaluate", "bf16", "batch_schedule", "micro_batch", "validate_every", "async_checkpoints", "max_nonfinite_steps",
     "profile",
     "cache_features", "cached_views", "rank_timeout_seconds", "model.kernels",

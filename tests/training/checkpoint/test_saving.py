@@ -18,7 +18,7 @@ from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
 from eclip.presets import PRESETS
 from eclip.training.checkpoint import load_checkpoint, load_run, save_checkpoint
-from eclip.training.checkpoint_files import find_checkpoint, list_checkpoints
+from eclip.training.checkpoint.files import find_checkpoint, list_checkpoints
 from eclip.training.momentum import make_momentum, update_momentum
 from eclip.training.optim import build_optimizer
 from tests.helpers import file_size_limit, run_torchrun
@@ -185,7 +185,7 @@ import gc, os, resource, sys
 from pathlib import Path
 import torch
 from eclip.training.checkpoint import load_checkpoint, save_checkpoint
-from eclip.training.checkpoint_files import find_checkpoint, list_checkpoints
+from eclip.training.checkpoint.files import find_checkpoint, list_checkpoints
 from eclip.config import OptimConfig
 from eclip.files import CannotWrite
 from eclip.model.eclip import ECLIP
