@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from .errors import DataError
+from .needs import Needs, loader_needs
 from .parts import Parts
 from .pipeline import Bad, BatchSource
 from .sampling import Sampler
@@ -99,8 +100,9 @@ class ProductLoader:
     the torch decoder (0: decode in this one), threads of DALI. stall_seconds: how long a batch may take, 0 without
     limit.
 
-    With DALI on a GPU `images` lie on the current CUDA device, all else on the CPU. An undecodable image is replaced by
-    another one of its product; it is named once in `Batch.corrupt`, in the log and in `corrupt` (key to reason).
+    With DALI on a GPU `images` lie on the current CUDA device, all else on the CPU, in pinned memory where there is a
+    GPU. An undecodable image is replaced by another one of its product; it is named once in `Batch.corrupt`, in the log
+    and in `corrupt` (key to reason).
     One iterator at a time: a new one continues where the last one stood, with the first part of the step whose last
     part has not been given.
 
@@ -155,6 +157,12 @@ class ProductLoader:
         last = self.schedule.steps(position) - 1
         return last + (position - self.schedule.position(last)) / self.schedule.size(last)
 
+    @property
+    def needs(self) -> Needs:
+        """What an iterator of this loader takes of the machine's memory; `require_memory` compares it."""
+        rows, size = self._source.sampler.parts.most_rows, self._source.image_size
+        return loader_needs(rows, size, self.num_workers, self.decoder, on_gpu=torch.cuda.is_available())
+
     def _open(self) -> _Pipeline:
         source, limit = self._source, self.stall_seconds
         first = source.sampler.parts.before(self._step)
@@ -190,7 +198,7 @@ class ProductLoader:
                         key, reason, len(self.corrupt),
                     )  # fmt: skip
                 self._step = batch.step + (batch.part == batch.parts - 1)
-                yield dataclasses.replace(batch, corrupt=tuple(new))
+                yield dataclasses.replace(batch, corrupt=tuple(new)).pinned()
         finally:
             pipeline.close()
 

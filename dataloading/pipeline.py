@@ -64,6 +64,16 @@ def decode_square(data: bytes, size: int) -> Tensor:
     return torch.from_numpy(_resized(opened, (0, 0, *opened.size), size).transpose(2, 0, 1).copy())
 
 
+def image_bytes(size: int) -> int:
+    """Of the two images of a product in a batch."""
+    return 2 * 3 * size * size
+
+
+def image_memory(rows: int, size: int) -> Tensor:
+    """(rows, 2, 3, size, size) uint8 for the images of a batch: pinned where there is a GPU that copies from it."""
+    return torch.empty(rows, 2, 3, size, size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
 class BatchSource:
     """Makes the batches of one rank; the same (seed, step, part) gives the same batch in any process."""
 
@@ -143,11 +153,13 @@ class BatchSource:
         """The batch of a part, nothing decoded."""
         return self.assemble(step, part, self.sampler.draw(step, part)[0], None)
 
-    def decoded(self, step: int, part: int) -> tuple[Batch, Bad]:
-        """The batch of a part, decoded with Pillow; and the images that could not be."""
+    def decoded(self, step: int, part: int, into: Tensor) -> tuple[Batch, Bad]:
+        """The batch of a part, decoded with Pillow; and the images that could not be.
+
+        into: (B, 2, 3, S, S) uint8 on the CPU, the batch's `images` afterwards.
+        """
         drawn, draws = self.sampler.draw(step, part)
-        size = self.image_size
-        images = np.empty((len(drawn), 2, 3, size, size), np.uint8)
+        images, size = into.numpy(), self.image_size
 
         def attempt(row: int, i: int, view: int) -> None:
             data = self.index.read_image(row)
@@ -155,4 +167,4 @@ class BatchSource:
             images[i, view] = decode_crop(data, size, box, flip=flip)
 
         rows, _, bad = self.resolve(drawn, attempt)
-        return self.assemble(step, part, rows, torch.from_numpy(images)), bad
+        return self.assemble(step, part, rows, into), bad

@@ -1,18 +1,13 @@
 """Batches decoded by Pillow, in worker processes or in this one."""
 
 import dataclasses
-import math
 import pickle
 
 import torch
 
-from .pipeline import PREFETCH, Bad, BatchSource
+from .pipeline import PREFETCH, Bad, BatchSource, image_bytes, image_memory
 from .schema import Batch
 from .system.workers import Slot, Workers
-
-
-def _shape(rows: int, size: int) -> tuple[int, ...]:
-    return rows, 2, 3, size, size
 
 
 class TorchPipeline:
@@ -25,15 +20,19 @@ class TorchPipeline:
             first=first,
             count=num_workers,
             ahead=PREFETCH,
-            slot_bytes=math.prod(_shape(parts.most_rows, source.image_size)),
+            slot_bytes=parts.most_rows * image_bytes(source.image_size),
             stall_seconds=stall_seconds,
             name=parts.name,
         )
 
+    def _images(self, slot: Slot, rows: int) -> torch.Tensor:
+        size = self.source.image_size
+        return torch.from_numpy(slot[: rows * image_bytes(size)]).view(rows, 2, 3, size, size)
+
     def _make(self, number: int, slot: Slot) -> bytes:
-        batch, bad = self.source.decoded(*self.source.sampler.parts.place(number))
-        assert batch.images is not None
-        slot[: batch.images.numel()] = batch.images.numpy().ravel()
+        parts = self.source.sampler.parts
+        step, part = parts.place(number)
+        batch, bad = self.source.decoded(step, part, self._images(slot, parts.rows(step)))
         rest = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "images"}
         arrays = {name: value.numpy() for name, value in rest.items() if isinstance(value, torch.Tensor)}
         return pickle.dumps((rest | arrays, list(arrays), bad), protocol=5)
@@ -41,8 +40,8 @@ class TorchPipeline:
     def _unpack(self, rest: bytes, slot: Slot) -> tuple[Batch, Bad]:
         values, arrays, bad = pickle.loads(rest)
         tensors = {name: torch.from_numpy(values[name]) for name in arrays}
-        shape = _shape(len(values["image_rows"]), self.source.image_size)
-        images = torch.from_numpy(slot[: math.prod(shape)]).view(shape).clone()
+        rows = len(values["image_rows"])
+        images = image_memory(rows, self.source.image_size).copy_(self._images(slot, rows))
         return Batch(**{**values, **tensors, "images": images}), bad
 
     def __next__(self) -> tuple[Batch, Bad]:
@@ -62,9 +61,12 @@ class InPlace:
 
     def __next__(self) -> tuple[Batch, Bad]:
         """The next batch and the undecodable images met in it."""
-        step, part = self.source.sampler.parts.place(self.number)
+        source, parts = self.source, self.source.sampler.parts
+        step, part = parts.place(self.number)
         self.number += 1
-        return self.source.decoded(step, part) if self.decoded else (self.source.without_images(step, part), {})
+        if not self.decoded:
+            return source.without_images(step, part), {}
+        return source.decoded(step, part, image_memory(parts.rows(step), source.image_size))
 
     def close(self) -> None:
         """Nothing is held."""

@@ -31,7 +31,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shards",),
         ("sampling",),
         ("pipeline",),
-        ("torch_pipeline", "dali_pipeline"),
+        ("needs", "torch_pipeline", "dali_pipeline"),
         ("loader",),
         ("pack", "demo"),
     ),

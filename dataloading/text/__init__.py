@@ -1,7 +1,6 @@
-"""Titles to ids, by WordPiece.
-
-    vocabulary.py     a BERT vocab.txt, read and checked
-    wordpiece.py      `WordPiece`: a vocabulary learnt or read, and titles as packed ragged batches
+"""Titles to ids, by WordPiece; text -> pieces -> ids:
+vocabulary.py     a BERT vocab.txt, read and checked
+wordpiece.py      `WordPiece`: a vocabulary learnt or read, and titles as packed ragged batches
 """
 
 from .vocabulary import SPECIALS, read_vocabulary
