@@ -81,9 +81,10 @@ def shard(
     for name, module in list(root.named_modules()):
         if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
             for block in module:
-                fully_shard(
-                    block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload_policy
-                )
+                if not isinstance(block, FSDPModule):  # a momentum model shares locked ones
+                    fully_shard(
+                        block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload_policy
+                    )
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
 

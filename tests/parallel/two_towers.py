@@ -23,9 +23,10 @@ class Tower(nn.Module):
         self.stem = nn.Linear(6, 6)
         self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         self.norm = nn.LayerNorm(6)
+        self.position = nn.Parameter(torch.linspace(-1, 1, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        x = self.stem(x) + self.position
         for block in self.blocks:
             x = x + block(x).tanh()
         return self.norm(x)
@@ -86,7 +87,8 @@ def build(locked: str) -> tuple[TwoTowers, TwoTowers]:
     if locked == "part":
         model.image.blocks[-1].requires_grad_(True)
         model.image.norm.requires_grad_(True)
-    shared: Any = {id(c): c for c in model.children() if not any(p.requires_grad for p in c.parameters())}
+    shared: Any = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared |= {id(m): m for m in model.modules() if not any(p.requires_grad for p in m.parameters())}
     return model, copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
