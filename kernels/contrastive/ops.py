@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..launch import accumulate_dtype, autocast_off, exact_products
 from .options import keeps_logits, padded_shape, takes_kernels
@@ -64,11 +65,52 @@ def pair_statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor
 
     kept: bf16 of the `padded_shape` of (R, C), is filled with exp(s - shift); None where `keeps_logits` says no.
     """
+    with torch.no_grad():
+        found: tuple[Tensor, Tensor, Tensor] = _pair_statistics(*logits, kept)
+    return found
+
+
+def _statistics(logits: Logits, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     image, scale = logits.image, logits.scale
     if image.device.type == "cpu" and not torch.isfinite(scale).all():
         raise ValueError(f"logit_scale={scale.item()} is not finite; clamp it, for example to at most 100")
     with torch.no_grad(), autocast_off(image), exact_products(image):
         return triton_statistics(logits, kept) if takes_kernels(image) else plain_statistics(logits)
+
+
+@torch.library.custom_op("eclip::pair_statistics", mutates_args=("kept",))
+def _pair_statistics(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_match: Tensor | None,
+    col_match: Tensor | None,
+    row_weight: Tensor,
+    col_weight: Tensor,
+    shift: Tensor,
+    offset: int,
+    sides: str,
+    positives: str,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For ranks.py: an op, so that a FLOP counter sees the product in it."""
+    logits = Logits(
+        image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, offset, sides, positives
+    )
+    return _statistics(logits, kept)
+
+
+@_pair_statistics.register_fake
+def _(
+    image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, offset, sides, positives, kept,
+):  # fmt: skip
+    compute = accumulate_dtype(image.dtype)
+    return (
+        image.new_empty((image.shape[0],), dtype=compute),
+        image.new_empty((text.shape[0] if sides == "both" else 0,), dtype=compute),
+        image.new_empty((image.shape[0],), dtype=compute),
+    )
 
 
 def loss_terms(row_stat: Tensor, col_stat: Tensor, target: Tensor, sides: str) -> Tensor:
@@ -98,7 +140,7 @@ def pair_total(
     shift = safe_shift(magnitudes(image, text, bias), scale, sides)
     kept = _memory_to_keep(image, text, keep)
     logits = Logits(image, text, scale, bias, row_match, col_match, row_weight, col_weight, shift, 0, sides, positives)
-    row_stat, col_stat, target = pair_statistics(logits, kept if keep else None)
+    row_stat, col_stat, target = _statistics(logits, kept if keep else None)
     return loss_terms(row_stat, col_stat, target, sides).sum(), row_stat, col_stat, shift, kept
 
 
@@ -199,3 +241,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 
 pair_total.register_autograd(_backward, setup_context=_save)
+
+
+# --- FLOPs, for torch.utils.flop_counter: of the matrix products that the mathematics asks for, 2 R C D each. The
+# logits that the backward computes again are no more than that. Arguments are shapes. ----------------------------
+
+
+@register_flop_formula([torch.ops.eclip.pair_total, torch.ops.eclip.pair_statistics])
+def _logits_flops(image: torch.Size, text: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * image[0] * text[0] * image[1]
+
+
+@register_flop_formula(torch.ops.eclip.pair_gradients)
+def _gradient_flops(image: torch.Size, text: torch.Size, *rest: Any, **_: Any) -> int:
+    image_grad, text_grad, *_others = rest[-4:]
+    return (image_grad + text_grad) * _logits_flops(image, text)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..launch import accumulate_dtype, launches_triton
 from .backward import triton_backward, triton_token_gradients
@@ -213,3 +214,49 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 core.register_autograd(_backward, setup_context=save_for_backward)
+
+
+# --- FLOPs, for torch.utils.flop_counter: of the matrix products that the mathematics asks for. The scores that
+# `core_backward` computes again are no more than that. Arguments are shapes. ---------------------------------------
+
+
+def _product_flops(q: torch.Size, width: int, num_tokens: int) -> int:
+    """Of (T, N) with (N, width), or of the same three lengths in another order, for all images and heads."""
+    batch, heads, num_queries, _ = q
+    return 2 * batch * heads * num_queries * num_tokens * width
+
+
+@register_flop_formula(torch.ops.eclip.slot_attention)
+def _core_flops(q: torch.Size, k: torch.Size, v: torch.Size | None, *_: Any, **__: Any) -> int:
+    """Scores and out."""
+    return _product_flops(q, q[-1] + (k if v is None else v)[-1], k[2])
+
+
+@register_flop_formula(torch.ops.eclip.slot_attention_backward)
+def _core_backward_flops(
+    grad_out: torch.Size,
+    grad_mass: Any,
+    grad_map: Any,
+    grad_entropy: Any,
+    q: torch.Size,
+    k: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """dW and dq."""
+    return _product_flops(q, grad_out[-1] + q[-1], k[2])
+
+
+@register_flop_formula(torch.ops.eclip.slot_attention_token_gradients)
+def _token_gradient_flops(
+    coefficients: list[torch.Size],
+    queries: list[torch.Size],
+    grad_outs: list[torch.Size],
+    affines: list[torch.Size],
+    tokens: torch.Size,
+    which: str,
+    **_: Any,
+) -> int:
+    """dS^T q and W^T dO, or one of them."""
+    rows = {"both": [*queries, *grad_outs], "queries": queries, "grad_outs": grad_outs}[which]
+    return sum(_product_flops(shape, shape[-1], tokens[2]) for shape in rows)
