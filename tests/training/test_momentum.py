@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from eclip.model.eclip import ECLIP
 from eclip.presets import PRESETS
-from eclip.training.momentum import make_momentum, update_momentum
+from eclip.training.momentum import keep_locked_in_eval, make_momentum, update_momentum
 
 
 @pytest.fixture
@@ -58,3 +59,10 @@ def test_limits(model: ECLIP) -> None:
     assert momentum.logit_scale != model.logit_scale
     update_momentum(model, momentum, 0.0)
     assert momentum.logit_scale == model.logit_scale
+
+
+def test_what_is_locked_stays_in_eval_mode_however_deep() -> None:
+    locked, free = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    outer = nn.Sequential(nn.Linear(2, 2), nn.Sequential(locked, free))
+    keep_locked_in_eval(outer.train())
+    assert [module for module in outer.modules() if not module.training] == [locked]

@@ -1,0 +1,40 @@
+"""Locked towers: none of their parameters learns, or those of the last blocks alone."""
+
+from torch import nn
+
+from eclip.config import RunConfig
+from eclip.model.eclip import ECLIP
+
+
+def check_locks(config: RunConfig) -> None:
+    """Raise ValueError when --unlock-last leaves no block of a locked tower locked."""
+    towers = (
+        ("--lock-image", config.lock_image, config.model.vision_depth),
+        ("--lock-text", config.lock_text, config.model.text_depth),
+    )
+    for flag, locked, depth in towers:
+        if locked and config.unlock_last >= depth:
+            raise ValueError(
+                f"--unlock-last {config.unlock_last} with {flag}: that tower has {depth} blocks, and none would stay "
+                f"locked; drop {flag}, or unlock {depth - 1} at most"
+            )
+
+
+def lock_towers(model: ECLIP, config: RunConfig) -> None:
+    """Let the locked towers of a new model require no gradient, but for the last `unlock_last` blocks.
+
+    What follows these blocks is unlocked with them: the image tower's final norm. Patch, word and position embeddings
+    and BERT's first norm, which stands before its blocks, stay locked, so that no gradient is computed below.
+    """
+    if config.lock_image:
+        _lock(model.image_encoder, model.image_encoder.blocks, config.unlock_last, model.image_encoder.norm)
+    if config.lock_text:
+        _lock(model.text_encoder, model.text_encoder.blocks, config.unlock_last)
+
+
+def _lock(tower: nn.Module, blocks: nn.ModuleList, unlock_last: int, *above: nn.Module) -> None:
+    assert unlock_last < len(blocks)
+    tower.requires_grad_(False)
+    if unlock_last:
+        for module in (*blocks[-unlock_last:], *above):
+            module.requires_grad_(True)
