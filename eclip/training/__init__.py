@@ -3,7 +3,7 @@
     prepare.py      every check that can fail, the data, the tokenizer; takes the run folder and finds the checkpoint
                     that --resume continues
     build.py        the model, the feature cache of locked towers (feature_cache/), the loader
-    trainer.py      puts them together with momentum.py and optim.py, fills them from the checkpoint; then the loop
+    trainer.py      puts them together with momentum.py and optim/, fills them from the checkpoint; then the loop
     step.py         a batch to its losses, as the one module that FSDP shards
     finite.py       ends the run before a step that is not a number
     metrics/        takes the numbers of a step to the console and to files

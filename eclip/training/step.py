@@ -20,7 +20,7 @@ from eclip.objectives.draws import Draws
 from eclip.objectives.objective import make_objective
 from eclip.objectives.views import CachedFeatures, View
 from eclip.parallel.ranks import Ranks
-from eclip.training.momentum import is_locked
+from eclip.training.momentum import keep_locked_in_eval
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ class TrainStep(nn.Module):
         super().train(mode)
         if self.momentum is not None:
             self.momentum.eval()
-        for child in self.model.children():
-            if is_locked(child):
-                child.eval()
+        keep_locked_in_eval(self.model)
         return self
 
 

@@ -12,8 +12,9 @@ from eclip.presets import PRESETS
 from eclip.train import train
 from eclip.training.build import build_model
 from eclip.training.checkpoint import load_run
-from eclip.training.momentum import keep_locked_in_eval, make_momentum
+from eclip.training.momentum import make_momentum
 from eclip.training.optim import check_locks, param_groups
+from eclip.training.step import TrainStep
 from tests.helpers import run_torchrun
 from tests.training.run_folders import ALONE, assert_refused, make_config
 
@@ -81,7 +82,8 @@ def test_backward_stops_above_the_locked_blocks() -> None:
 
 
 def test_locked_parts_are_shared_with_the_momentum_model_and_stay_in_eval_mode() -> None:
-    model = build_model(_config(lock_image=True, unlock_last=1))
+    config = _config(lock_image=True, unlock_last=1)
+    model = build_model(config)
     momentum = make_momentum(model)
     own = dict(model.named_parameters())
     for name, parameter in momentum.named_parameters():
@@ -91,7 +93,7 @@ def test_locked_parts_are_shared_with_the_momentum_model_and_stay_in_eval_mode()
     shared = [a is b for a, b in zip(momentum.image_encoder.blocks, model.image_encoder.blocks, strict=True)]
     assert shared == [True, True, False]
     assert momentum.image_encoder.patch_embed is model.image_encoder.patch_embed
-    keep_locked_in_eval(model.train())
+    TrainStep(model, momentum, config, ALONE).train()
     modes = [block.training for block in model.image_encoder.blocks]
     assert modes == [False, False, True]
     assert model.image_encoder.norm.training and model.text_encoder.training
