@@ -18,11 +18,12 @@ from eclip.dataloading.system.console import say
 from eclip.objectives.objective import make_objective
 from eclip.parallel.ending import say_stopped
 from eclip.parallel.ranks import Ranks
-from eclip.parallel.sharding import last_backward, spread
+from eclip.parallel.sharding import last_backward
 from eclip.parallel.signals import Stopped, StopSignals
 from eclip.training.accumulation import accumulate
 from eclip.training.build import build_model, make_loader, open_cache
 from eclip.training.checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
+from eclip.training.compute import apply_compute
 from eclip.training.feeding import Completion, Feed
 from eclip.training.finite import SkippedSteps
 from eclip.training.flight import InFlight
@@ -31,7 +32,7 @@ from eclip.training.metrics.throughput import Throughput, count_flops
 from eclip.training.momentum import make_momentum, update_momentum
 from eclip.training.optim import build_optimizer, learning_rate, set_learning_rate, step_if_finite
 from eclip.training.prepare import Prepared
-from eclip.training.step import Part, TrainStep, use_bf16
+from eclip.training.step import Part, TrainStep
 
 
 class Trainer:
@@ -50,9 +51,8 @@ class Trainer:
         self.step_module = TrainStep(self.model, self.momentum, self.config, ranks).train()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        block_dtype = torch.bfloat16 if use_bf16(self.config, ranks) else None
-        self.spread = spread(self.step_module, ranks, self.config.compute, block_dtype=block_dtype)
-        """The step as its ranks call it."""
+        self.spread, self.computes = apply_compute(self.step_module, self.config, ranks)
+        """The step as its ranks call it, and how it computes."""
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loader = make_loader(prepared, ranks)
@@ -97,6 +97,8 @@ class Trainer:
         throughput = Throughput(config.steps, start, config.global_batch_size, self.ranks.device)
         batches = iter(self.loader) if start < config.steps else iter(())
         feed = Feed(batches, Completion(self.objective, config, self.cache, self.ranks), self.ranks.device)
+        if config.steps == 0 and self.prepared.checkpoint is None:
+            self.save()  # what the run started from, for evaluation and for a --resume with steps
         with stop.noted():
             while self.step < config.steps:
                 parts = self._next_parts(feed, throughput, stop)
@@ -200,8 +202,13 @@ class Trainer:
             f"preset {config.preset} ({config.objective.objective}) on {self.ranks.world_size} x {device}, "
             f"{torch.get_num_threads()} threads | {self.num_parameters / 1e6:.1f}M parameters, "
             f"{self.num_trained / 1e6:.1f}M trained | {index.num_products} products, {index.num_images} images | "
-            f"batch {config.global_batch_size} | {config.run_dir}"
+            f"{self._describe_batch()} | {self.computes} | {config.run_dir}"
         )
+
+    def _describe_batch(self) -> str:
+        config = self.config
+        size = f"batch {config.batch_schedule or config.global_batch_size}"
+        return size if config.micro_batch is None else f"{size} in micro-batches of {config.micro_batch}"
 
     def _say(self, text: str) -> None:
         if self.ranks.is_main:
