@@ -8,7 +8,7 @@ work (files, checkpoints, the feature cache) is ordered by a gloo group beside i
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -52,6 +52,12 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def with_own_host_group(self) -> "Ranks":
+        """The same ranks for another thread: their host work has a group of its own. Every rank must call it."""
+        if self.host_group is None:
+            return self
+        return replace(self, host_group=dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT))
 
     def barrier(self) -> None:
         """Wait, on the host, until every rank is here; as long as it takes."""

@@ -3,11 +3,16 @@
     run_folder.py     a run's folder: what in it is its own, who writes there now
     resume_rules.py   what may change when a run is resumed
     files.py          the files of a checkpoint: whether they are whole, how it is put in place, which ones stay
-    saving.py         what is saved, and how it is loaded, by any number of ranks
+    tensors.py        the tensors of a checkpoint: their names, and whether a model fits
+    saving.py         all ranks write one
+    writer.py         a run's checkpoints one after the other, in the background if wanted
+    loading.py        any number of ranks read one, or a single process that uses the model
 
 The trainer sees the names below; files.py, run_folder.py and resume_rules.py are asked directly.
 """
 
-from .saving import load_checkpoint, load_locked_towers, load_run, save_checkpoint
+from .loading import load_checkpoint, load_locked_towers, load_run
+from .saving import save_checkpoint
+from .writer import CheckpointWriter
 
-__all__ = ["load_checkpoint", "load_locked_towers", "load_run", "save_checkpoint"]
+__all__ = ["CheckpointWriter", "load_checkpoint", "load_locked_towers", "load_run", "save_checkpoint"]

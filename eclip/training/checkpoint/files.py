@@ -4,7 +4,8 @@
     run_dir/checkpoints/step_00000200.partial     being written; of a dead run when nobody writes
     run_dir/checkpoints/step_00000200.damaged     set aside by a resume that continued from the one before
 
-state.json: {"step", "world_size", what the trainer adds, "tokenizer": digest, "files": {name: {"bytes", "sha256"}},
+state.json: {"step", "world_size", what the trainer adds ("loader", and "val_loss" of a step that was validated: the
+checkpoint with the lowest one is the best, and stays), "tokenizer": digest, "files": {name: {"bytes", "sha256"}},
 "digest": of all the rest}. Digests cost 0.55 s per GiB and core (a save of 0.75 GiB: 0.4 of 2.7 s); each rank computes
 those of its own files and, when a checkpoint is opened, an equal share.
 """
@@ -12,12 +13,14 @@ those of its own files and, when a checkpoint is opened, an equal share.
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eclip.files import PARTIAL, replace_text, sha256, sync_folder
 from eclip.parallel.ranks import Ranks
@@ -28,6 +31,8 @@ DAMAGED = ".damaged"
 STATE = "state.json"
 _STEP = re.compile(r"step_(\d{8,})")
 FileFacts = dict[str, dict[str, Any]]
+Which = Literal["newest", "best"]
+"""Of a run's checkpoints: the best has the lowest loss of the val split, where training computed it."""
 
 
 class Damaged(ValueError):
@@ -61,12 +66,14 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def find_checkpoint(run_dir: Path, ranks: Ranks | None = None) -> Found | None:
-    """The newest whole checkpoint, None when there is no checkpoint; damaged ones are named in the log.
+def find_checkpoint(run_dir: Path, ranks: Ranks | None = None, *, which: Which = "newest") -> Found | None:
+    """The newest (or best) whole checkpoint, None when there is no checkpoint; damaged ones are named in the log.
 
-    Every rank must call it when `ranks` are given: they share the reading. Raises ValueError when none is whole.
+    Every rank must call it when `ranks` are given: they share the reading. Raises ValueError when none is whole, or
+    when the best is asked for and none has a loss of the val split.
     """
-    folders = list_checkpoints(run_dir) if ranks is None else ranks.from_main(lambda: list_checkpoints(run_dir))
+    look = list_checkpoints if which == "newest" else _from_worst_to_best
+    folders = look(run_dir) if ranks is None else ranks.from_main(lambda: look(run_dir))
     reasons: list[str] = []
     for path in reversed(folders):
         problem = _problem(path, ranks)
@@ -82,6 +89,32 @@ def find_checkpoint(run_dir: Path, ranks: Ranks | None = None) -> Found | None:
             f"--overwrite"
         )
     return None
+
+
+def _from_worst_to_best(run_dir: Path) -> list[Path]:
+    losses = _val_losses(list_checkpoints(run_dir))
+    if not losses and list_checkpoints(run_dir):
+        raise ValueError(
+            f"{run_dir}: no checkpoint has a loss of the val split, so none is the best; take the newest, or train "
+            f"with --validate-every"
+        )
+    return sorted(losses, key=lambda path: (losses[path], _step_of(path)), reverse=True)
+
+
+def lowest_val_loss(run_dir: Path) -> float:
+    """Of the checkpoints that are there, infinity when none has one."""
+    return min(_val_losses(list_checkpoints(run_dir)).values(), default=math.inf)
+
+
+def _val_losses(checkpoints: Iterable[Path]) -> dict[Path, float]:
+    """Loss of the val split of each checkpoint whose state.json tells one."""
+    losses = {}
+    for path in checkpoints:
+        with suppress(Damaged):
+            state = read_state(path)
+            if isinstance(state.get("val_loss"), float):
+                losses[path] = state["val_loss"]
+    return losses
 
 
 def _problem(path: Path, ranks: Ranks | None) -> str | None:
@@ -168,11 +201,18 @@ def put_in_place(partial: Path, state: Mapping[str, Any]) -> Path:
 
 
 def keep_newest(run_dir: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`. A kill in between leaves no half one of that name."""
-    for old in [p for p in list_checkpoints(run_dir) if _step_of(p) <= step][:-keep]:
-        dying = old.with_name(old.name + PARTIAL)
-        delete(dying)
-        delete(old.rename(dying))
+    """Delete all but the `keep` newest checkpoints up to `step`, and the best of these.
+
+    A kill in between leaves no half one of that name.
+    """
+    found = [p for p in list_checkpoints(run_dir) if _step_of(p) <= step]
+    losses = _val_losses(found)
+    best = min(losses, key=lambda path: (losses[path], _step_of(path)), default=None)
+    for old in found[:-keep]:
+        if old != best:
+            dying = old.with_name(old.name + PARTIAL)
+            delete(dying)
+            delete(old.rename(dying))
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
