@@ -1,12 +1,12 @@
 """Turn pytest-benchmark's JSON files into one Markdown page and one JSON file.
 
-    python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] a.json b.json ...
+    python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] [--prefix x_] a.json b.json ...
 
-Writes <device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive/plot.py). Goals
-come first (<op>/goals.py). A row is one benchmark; `x eager` is the eager reference's median over the row's, within one
-op, shape and dtype. Files that are missing or hold no benchmark are named in the page, not skipped silently, and so is
-every benchmark that failed or was skipped, where pytest also wrote its JUnit file beside the JSON (a.xml beside
-a.json).
+Writes <prefix><device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive/plot.py).
+Goals come first (<op>/goals.py). A row is one benchmark, or one call of a race; `x eager` is the eager reference's
+median over the row's, within one op, shape and dtype. Files that are missing or hold no benchmark are named in the
+page, not skipped silently, and so is every benchmark that failed or was skipped, where pytest also wrote its JUnit file
+beside the JSON (a.xml beside a.json).
 """
 
 import argparse
@@ -22,11 +22,13 @@ from benchmarks.harness.goals import Row
 from benchmarks.harness.results import read, tests_line
 from benchmarks.harness.table import table
 from benchmarks.slot_attention import goals as slot_attention_goals
+from benchmarks.train_step import goals as train_step_goals
 
 
 def judge(rows: list[Row], device: str) -> list[goals.Goal]:
     """The goals of every op that can be judged on `device`."""
-    return [*slot_attention_goals.judge(rows, device), *contrastive_goals.judge(rows, device)]
+    ops = (slot_attention_goals, contrastive_goals, train_step_goals)
+    return [goal for op in ops for goal in op.judge(rows, device)]
 
 
 def page(
@@ -42,8 +44,9 @@ def page(
     device = machine.get("device", "unknown device")
     lines = [f"# {device}, {machine.get('date', 'no date')}", ""]
     lines += [
-        f"torch {machine.get('torch')}, triton {machine.get('triton')}, Python {machine.get('python_version')}, "
-        f"commit {machine.get('commit')}. {tests}",
+        f"{machine.get('processor', 'unknown processor')}, {machine.get('threads', '?')} threads; torch "
+        f"{machine.get('torch')}, triton {machine.get('triton')}, transformers {machine.get('transformers')}, Python "
+        f"{machine.get('python_version')}, commit {machine.get('commit')}. {tests}",
         "",
     ]
     if judged:
@@ -60,6 +63,13 @@ def page(
         ]
     else:
         lines += ["On a CPU, small shapes: these rows show that the benchmarks run. No roofline is claimed.", ""]
+    if any("of_first" in row for row in rows):
+        lines += [
+            "Rows that were timed in turns are of full size. `x first`: a call's time over the first row's, the median "
+            "of the ratios within a round; `x first, fastest`: of the best times. Where the two disagree the machine "
+            "was busy with other things.",
+            "",
+        ]
     lines += [f"![contrastive loss: time and memory against the batch]({plot})", ""] if plot else []
     for op in dict.fromkeys(r.get("op", "other") for r in rows):
         lines += [f"## {op}", "", table([r for r in rows if r.get("op", "other") == op]), ""]
@@ -71,12 +81,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("files", nargs="*", type=Path, help="files written by pytest --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder to write to")
+    parser.add_argument("--prefix", default="", help="of the files' names")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="JUnit files of the tests marked gpu")
     args = parser.parse_args()
     rows, machine, roofline, remarks = read(args.files)
     judged = judge(rows, machine.get("device", "cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}")
+    name = args.prefix + re.sub(
+        r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}"
+    )
     plot = args.out / f"{name}_contrastive_loss.png"
     try:
         drawn = contrastive_plot.draw(rows, machine, plot)

@@ -22,6 +22,7 @@ graph that it left. `bench.saved(function, *inputs)` says what that graph keeps.
 returned, so a benchmark may check or `bench.note` an error: keyword arguments it does not know (`error=1e-3`) become
 columns of the record, and `images=n` adds images/s. One `bench(...)` call a test. Running out of the GPU's memory skips
 the test. `once=True` is for calls that take seconds: a single one, timed and watched for its memory, without warm-up.
+`bench.race({"ours": call, "other": call}, op=..., shape=...)` times calls in turns (harness/race.py), a row each.
 
 What is measured. On a GPU: device time between two CUDA events around one replay of a CUDA graph of the call (plain
 launches with `graph=False`, for work on the host, and for calls that make the host wait, which a graph cannot hold; the
@@ -36,7 +37,7 @@ row shows that the benchmark runs and nothing else, and says so.
 Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python -m benchmarks.report` makes the tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ from torch import Tensor
 from benchmarks.harness.activations import kept_for_backward
 from benchmarks.harness.capture import capture, on_side_stream
 from benchmarks.harness.clock import cuda_clock, rounds_for
+from benchmarks.harness.goals import Row
 from benchmarks.harness.machine import ON_GPU, synchronize
+from benchmarks.harness.race import Race
+from benchmarks.harness.race import rounds_for as race_rounds_for
 
 CPU_NOTE = "CPU, small shape: shows that it runs; no roofline"
 SLOW = 0.1  # seconds: a call that is warm after one
@@ -179,6 +183,33 @@ class Bench:
                 info["images_per_s"] = images / median
             self._rate(median, bytes, flops, info)
         return result
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything is timed: False with --benchmark-disable, for which the least work will do."""
+        return bool(self._benchmark.enabled)
+
+    def remark(self, text: str) -> None:
+        """Add a line to the page: what could not be measured, and why."""
+        self._benchmark.extra_info.setdefault("remarks", []).append(text)
+
+    def race(
+        self, calls: Mapping[str, Callable[[], Any]], *, op: str, shape: str, dtype: str, seconds: float, **columns: Any
+    ) -> list[Row]:
+        """Time `calls` in turns for about `seconds` by wall clock; a row each, ratios to the first one's."""
+        race, rounds = Race(calls), 1
+        if self.timed:
+            race.turn()  # fills caches
+            race.forget()
+            race.turn()
+            rounds = race_rounds_for(sum(times[0] for times in race.times.values()), seconds)
+            race.forget()
+        self._benchmark.pedantic(race.turn, rounds=rounds)
+        device = torch.cuda.get_device_name() if ON_GPU else "cpu"
+        fixed = {"op": op, "shape": shape, "dtype": dtype, "device": device, "timing": "in turns", **columns}
+        rows = [{**fixed, **row} for row in race.rows()]
+        self._benchmark.extra_info["rows"] = rows
+        return rows
 
     def _on_cpu(self, call: Callable[[], Any], rounds: int | None) -> Any:
         self._benchmark.extra_info.update(device="cpu", timing="wall clock", note=CPU_NOTE)

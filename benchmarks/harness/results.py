@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.goals import Row
 
-MACHINE = ("device", "torch", "triton", "python_version", "commit", "date")
+MACHINE = ("device", "processor", "threads", "torch", "triton", "transformers", "python_version", "commit", "date")
 """What is kept of pytest-benchmark's machine_info: not the host's name."""
 
 NAMED = 3  # benchmarks skipped for one reason, before the rest is a number
@@ -32,9 +32,13 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], dict[str, Any], dict[str, fl
         machine |= {k: v for k, v in record.get("machine_info", {}).items() if k in MACHINE}
         for name, value in record.get("roofline", {}).items():
             roofline[name] = max(value, roofline.get(name, 0.0))
-        found = [
-            {"name": b["fullname"], **_spread(b["stats"]), **b["extra_info"]} for b in record.get("benchmarks", [])
-        ]
+        found = []
+        for benchmark in record.get("benchmarks", []):
+            info = dict(benchmark["extra_info"])
+            remarks += info.pop("remarks", [])
+            own = info.pop("rows", None)  # of a race
+            one = {**_spread(benchmark["stats"]), **info}
+            found += [{"name": benchmark["fullname"], **row} for row in ([one] if own is None else own)]
         if not found:
             remarks.append(f"{path.stem}: no benchmark ran")
         rows += found

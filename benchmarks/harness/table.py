@@ -7,11 +7,16 @@ COLUMNS = {
     "shape": lambda r: r.get("shape", ""),
     "dtype": lambda r: r.get("dtype", ""),
     "median": lambda r: f"{_time(r['seconds'])} ± {_time(r['iqr'])}",
+    "fastest": lambda r: _time(r["fastest"]) if "fastest" in r else "",
+    "x first": lambda r: f"{r['of_first']:.2f}" if "of_first" in r else "",
+    "x first, fastest": lambda r: f"{r['of_fastest']:.2f}" if "of_fastest" in r else "",
     "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
     "must move": lambda r: _bytes(r.get("bytes")),
     "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
     "of copy": lambda r: f"{r['copy_share']:.0%}" if "copy_share" in r else "",
     "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}" if "tflop_per_s" in r else "",
+    "mfu": lambda r: f"{r['mfu']:.0%}" if "mfu" in r else "",
+    "products/s": lambda r: f"{r['products'] / r['seconds']:.0f}" if "products" in r else "",
     "images/s": lambda r: f"{r['images_per_s']:.0f}" if "images_per_s" in r else "",
     "share": lambda r: f"{r['share']:.0%} ({r['bound']})" if "share" in r else "",
     "peak memory": lambda r: _bytes(r.get("peak_bytes")),
@@ -23,7 +28,7 @@ COLUMNS = {
 STANDARD = {
     *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds"),
     *("name", "gb_per_s", "copy_share", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
-    *("saved", "held", "error", "errors"),
+    *("saved", "held", "error", "errors", "fastest", "of_first", "of_fastest", "mfu", "products"),
 }
 
 

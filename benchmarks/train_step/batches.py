@@ -32,18 +32,29 @@ def make_parts(config: RunConfig, device: torch.device, *, step: int = 0) -> lis
     parts = []
     for k in range(total // size):
         numbers = torch.Generator().manual_seed(step * 10_007 + k)
-        batch = _batch(config, size, k * size, numbers, step=step, part=k, parts=total // size)
+        batch = _batch(config, size, k * size, numbers, device, step=step, part=k, parts=total // size)
         part = Part(batch, _features(config, size, numbers), draws.rows(k * size, (k + 1) * size))
         parts.append(_on(part, device))
     return parts
 
 
 def _batch(
-    config: RunConfig, count: int, first: int, numbers: torch.Generator, *, step: int, part: int, parts: int
+    config: RunConfig,
+    count: int,
+    first: int,
+    numbers: torch.Generator,
+    device: torch.device,
+    *,
+    step: int,
+    part: int,
+    parts: int,
 ) -> Batch:
     images, side = None, config.model.image_size
     if not config.cache_features:
-        images = torch.randint(0, 256, (count, 2, 3, side, side), generator=numbers, dtype=torch.uint8)
+        # On the device: a batch of 16k has 5 GB of pixels.
+        pixels = torch.Generator(device).manual_seed(step * 10_007 + part)
+        shape = (count, 2, 3, side, side)
+        images = torch.randint(0, 256, shape, generator=pixels, dtype=torch.uint8, device=device)
     spread = torch.empty(2 * count).exponential_(1 / (MEAN_TOKENS - FEWEST_TOKENS), generator=numbers)
     lengths = (FEWEST_TOKENS + spread).long().clamp_(max=config.data.max_tokens)
     products = torch.arange(first, first + count)

@@ -8,10 +8,11 @@ from eclip.objectives.objective import make_objective
 from eclip.training.optim import lock_towers
 
 
-def random_model(config: RunConfig) -> ECLIP:
-    """On the CPU, seeded. training/build.py, which does the same, also knows data and needs what reads them."""
+def random_model(config: RunConfig, device: torch.device) -> ECLIP:
+    """Seeded, made on `device`. training/build.py, which does the like, knows data too and needs what reads them."""
     torch.manual_seed(config.seed)
-    model = ECLIP(config.model)
+    with device:
+        model = ECLIP(config.model)
     lock_towers(model, config)
     make_objective(config.objective).lock_unused(model)
     return model

@@ -219,7 +219,8 @@ class PlainStep:
         """Raises ImportError where transformers is missing and a tower of it is wanted."""
         torch.manual_seed(config.seed)
         cached_texts = config.cache_features and config.lock_text
-        model = PlainModel(config.model, image_tower=not config.cache_features, text_tower=not cached_texts)
+        with device:
+            model = PlainModel(config.model, image_tower=not config.cache_features, text_tower=not cached_texts)
         self.model = model.to(device).train()
         self.momentum = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.config, self.bf16 = config, config.bf16 and device.type == "cuda"

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 
 def both(config: RunConfig) -> tuple[ECLIP, PlainModel]:
     """In float64, with every weight away from where it starts: biases and norms count too."""
-    ours = random_model(config).double()
+    ours = random_model(config, CPU).double()
     numbers = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in ours.parameters():
@@ -105,4 +105,4 @@ def test_a_step_of_the_peer_learns_and_moves_its_momentum_model() -> None:
 
 def test_the_small_model_is_small() -> None:
     assert isinstance(SMALL.model, ModelConfig)
-    assert sum(p.numel() for p in random_model(SMALL).parameters()) < 100_000
+    assert sum(p.numel() for p in random_model(SMALL, CPU).parameters()) < 100_000
