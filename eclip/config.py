@@ -29,7 +29,7 @@ from .setting_rules import (
     require,
 )
 
-PresetName = Literal["demo", "demo_towers", "vit_b16", "vit_l16", "debug"]
+PresetName = Literal["demo", "demo_towers", "shop", "shop_gpu", "vit_b16", "vit_l16", "debug"]
 
 _BETA = Rule(low=0, high=1, below_high=True)
 
@@ -115,10 +115,17 @@ class RunConfig:
     """Where every value below starts; other flags override it."""
     run_dir: Path = Path("runs/demo")
     steps: int = 1000
+    """Optimizer steps in all; with --epochs or --fit-steps they are computed. 0, with --start-from, trains nothing."""
     epochs: float | None = None
     """Passes over the catalogue, instead of --steps: the steps are computed from its size at the start."""
     global_batch_size: int = 64
     """Products of a step, over all ranks."""
+    fit_batch: int = 0
+    """Take the global batch from the number of products, up to this; 0: as given."""
+    fit_steps: bool = False
+    """Take the steps from the number of products."""
+    fit_warmup: bool = False
+    """Take the warm-up from the number of steps."""
     batch_schedule: str | None = None
     """Sizes of the global batch from given steps on, e.g. 0:1024,2000:4096, instead of --global-batch-size."""
     micro_batch: int | None = None
@@ -150,7 +157,8 @@ class RunConfig:
     evaluate: bool = True
     """Evaluate on the test split when training ends."""
     start_from: Path | None = None
-    """Run folder of a trained ECLIP whose weights, tokenizer and model settings this run begins with."""
+    """Run folder of a trained ECLIP whose weights, tokenizer and model settings this run begins with; optimizer and
+    steps are new."""
     image_weights: Path | None = None
     """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
     text_weights: Path | None = None
@@ -183,10 +191,12 @@ class RunConfig:
 
     RULES: ClassVar[dict[str, Rule]] = {
         **dict.fromkeys(
-            ("steps", "checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE
+            ("checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE
         ),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
         "epochs": POSITIVE,
+        "steps": ZERO_OR_MORE,
+        "fit_batch": ZERO_OR_MORE,
         "micro_batch": ONE_OR_MORE,
         **dict.fromkeys(("validate_every", "max_nonfinite_steps", "unlock_last"), ZERO_OR_MORE),
         "seed": Rule(low=0, high=2**32 - 1),
@@ -195,6 +205,24 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, self.RULES)
+        require(
+            self.steps > 0 or self.start_from is not None,
+            "steps=0: nothing would be trained; set --steps to 1 or more (0 keeps the weights of a --start-from)",
+        )
+        require(
+            self.batch_schedule is not None or self.optim.lr_scaling == "none",
+            f"--lr-scaling {self.optim.lr_scaling} without --batch-schedule: every step has the largest batch; leave "
+            f"it out, or give a schedule",
+        )
+        require(
+            self.epochs is None or not self.fit_steps,
+            f"--epochs {self.epochs} with --fit-steps: both say how long to train; give one of them (--no-fit-steps)",
+        )
+        require(
+            self.batch_schedule is None or not self.fit_batch,
+            f"--batch-schedule {self.batch_schedule} with --fit-batch {self.fit_batch}: both say how large a step is; "
+            f"give one of them (--fit-batch 0)",
+        )
         require(
             self.lock_image or not self.cache_features,
             "--cache-features needs --lock-image: features of a tower that trains go stale",
@@ -219,6 +247,12 @@ class RunConfig:
             self.vocab_file is not None or not self.cased,
             "--cased without --vocab-file: a vocabulary learnt from the catalogue is lower-case; give --vocab-file",
         )
+        for name in ("image_weights", "text_weights", "vocab_file"):
+            require(
+                self.start_from is None or getattr(self, name) is None,
+                f"{flag(name)} {getattr(self, name)} with --start-from {self.start_from}: that run brings its weights "
+                f"and its vocabulary; leave one of the two out",
+            )
         for name in ("image", "text"):
             require(
                 getattr(self, f"{name}_tower") is None or getattr(self, f"{name}_weights") is not None,

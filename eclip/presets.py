@@ -2,10 +2,11 @@
 
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from .weights.towers import TOWER_SHAPES
 
 
 def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int) -> RunConfig:
-    """The paper's run: 224 px, BERT-base, D=768, T=20, L=6; 15 epochs of 15M products."""
-    steps = 15 * 15_000_000 // batch
+    """The paper's run: 224 px, BERT-base, D=768, T=20, L=6; 15 epochs."""
     return RunConfig(
         preset=preset,
         run_dir=Path("runs") / preset,
-        steps=steps,
+        epochs=15,
         global_batch_size=batch,
         checkpoint_every=1000,
         model=ModelConfig(
@@ -48,6 +48,22 @@ def _paper(preset: PresetName, *, width: int, depth: int, heads: int, batch: int
     )
 
 
+_WORKERS = max(1, min(8, len(os.sched_getaffinity(0)) - 1))  # one core is the training process's
+_PAPER_B = _paper("vit_b16", width=768, depth=12, heads=12, batch=4096)
+# Chosen on the val split of the embedded catalogue (benchmarks/results/what_made_it_learn.md).
+_TOWERS_OBJECTIVE = ObjectiveConfig(
+    inter_weight=2.0,
+    intra_weight=0.5,
+    entropy_weight=0.1,
+    image_prompt_share=0.6,
+    own_image_share=1.0,
+    gaussian_share=0.5,
+    ema_momentum=0.99,
+)
+_TOWERS_MODEL = ModelConfig(
+    image_size=168, embed_dim=384, num_queries=8, decoder_depth=2, decoder_heads=12, **TOWER_SHAPES
+)
+
 PRESETS: dict[PresetName, RunConfig] = {
     # From scratch on the embedded catalogue.
     "demo": RunConfig(
@@ -65,25 +81,46 @@ PRESETS: dict[PresetName, RunConfig] = {
         lock_image=True,
         lock_text=True,
         cache_features=True,
-        model=ModelConfig(
-            image_size=168, embed_dim=384, num_queries=8, decoder_depth=2, decoder_heads=12, **TOWER_SHAPES
-        ),
+        model=_TOWERS_MODEL,
         steps=600,
         cached_views=2,
-        # Chosen on the val split (benchmarks/results/what_made_it_learn.md).
-        objective=ObjectiveConfig(
-            inter_weight=2.0,
-            intra_weight=0.5,
-            entropy_weight=0.1,
-            image_prompt_share=0.6,
-            own_image_share=1.0,
-            gaussian_share=0.5,
-            ema_momentum=0.99,
-        ),
+        objective=_TOWERS_OBJECTIVE,
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=30),
     ),
+    # A shop's catalogue on a small machine: a trained ECLIP goes on learning, its towers locked and cached.
+    "shop": RunConfig(
+        preset="shop",
+        run_dir=Path("runs/shop"),
+        start_from=Path("runs/demo_towers"),
+        fit_batch=256,
+        fit_steps=True,
+        fit_warmup=True,
+        lock_image=True,
+        lock_text=True,
+        cache_features=True,
+        cached_views=2,
+        model=_TOWERS_MODEL,  # until the run that it starts from says otherwise
+        data=DataConfig(data_dir=Path("data/shop"), num_workers=_WORKERS),
+        objective=_TOWERS_OBJECTIVE,
+        optim=OptimConfig(learning_rate=2e-4),
+    ),
+    # The same on one GPU of 24 GB or more, towers and all: ECLIP-B from --image-weights and --text-weights, or another
+    # ECLIP from --start-from. Micro-batches keep the memory that of 64 products.
+    "shop_gpu": dataclasses.replace(
+        _PAPER_B,
+        preset="shop_gpu",
+        run_dir=Path("runs/shop_gpu"),
+        epochs=None,
+        fit_batch=4096,
+        fit_steps=True,
+        fit_warmup=True,
+        micro_batch=64,
+        checkpoint_every=200,
+        data=DataConfig(data_dir=Path("data/shop"), num_workers=_WORKERS),
+        optim=OptimConfig(learning_rate=2e-4, tower_learning_rate_scale=0.1),
+    ),
     # ECLIP-B and ECLIP-L of the paper; start them from ImageNet and BERT with --image-weights and --text-weights.
-    "vit_b16": _paper("vit_b16", width=768, depth=12, heads=12, batch=4096),
+    "vit_b16": _PAPER_B,
     "vit_l16": _paper("vit_l16", width=1024, depth=24, heads=16, batch=3072),
     # Seconds on a CPU: that everything runs, not that anything is learnt. See DISPOSABLE_RUNS.
     "debug": RunConfig(
@@ -138,12 +175,13 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.tra
             prog=prog,
             description="Train ECLIP. --preset is read first, every other flag overrides its value.",
             args=arguments,
-            default=PRESETS[_preset_name(arguments)],
+            default=_defaults(arguments),
             config=(tyro.conf.OmitArgPrefixes,),
             return_unknown_args=True,
         )
         if unknown:
             raise ValueError(_unknown(unknown[0], arguments, prog))
+        _check_pairs(arguments)
     return config
 
 
@@ -221,12 +259,66 @@ def _unknown(argument: str, arguments: Sequence[str], prog: str) -> str:
     return f"--{name}: no such flag; {hint}{prog} --help lists them"
 
 
-def _preset_name(arguments: Sequence[str]) -> PresetName:
-    """The value of --preset; an unknown one is left for tyro, whose message lists the choices."""
-    name: Any = "demo"
+def _defaults(arguments: Sequence[str]) -> RunConfig:
+    """What flags are read over: the preset, without what a given flag stands for, with the model it starts from."""
+    name: Any = _value(arguments, "preset")
+    preset = PRESETS[name if name in PRESETS else "demo"]  # tyro's message on an unknown one lists the choices
+    changes: dict[str, Any] = {}
+    if {"steps", "epochs"} & _given(arguments):
+        changes |= {"epochs": None, "fit_steps": False}
+    if {"global_batch_size", "batch_schedule"} & _given(arguments):
+        changes |= {"fit_batch": 0}
+    if "warmup_steps" in _given(arguments):
+        changes |= {"fit_warmup": False}
+    if "start_from" in _given(arguments):
+        towers = ("image_weights", "text_weights", "image_tower", "text_tower", "vocab_file")
+        changes |= dict.fromkeys(towers)
+    if (model := _started_model(arguments, preset)) is not None:
+        changes |= {"model": model}
+    return dataclasses.replace(preset, **changes)
+
+
+def _started_model(arguments: Sequence[str], preset: RunConfig) -> ModelConfig | None:
+    """The model settings of the run that is started from; None where none is, or none can be read: prepare says so.
+
+    A run that has begun has them too, and is not in need of the other one any more.
+    """
+    given = _value(arguments, "start_from")
+    start = preset.start_from if given is None else Path(given)
+    if start is None or given == "None":
+        return None
+    own = Path(_value(arguments, "run_dir") or preset.run_dir)
+    for folder in (own, start) if "resume" in _given(arguments) else (start, own):
+        with suppress(OSError, ValueError):
+            model = RunConfig.from_json((folder / "config.json").read_text(encoding="utf-8-sig")).model
+            return dataclasses.replace(model, kernels=preset.model.kernels)
+    return None
+
+
+def _check_pairs(arguments: Sequence[str]) -> None:
+    """Raise ValueError for two flags of which one says what the other computes."""
+    pairs = (
+        ("steps", "epochs"),
+        ("steps", "fit_steps"),
+        ("warmup_steps", "fit_warmup"),
+        ("global_batch_size", "batch_schedule"),
+        ("global_batch_size", "fit_batch"),
+    )
+    for one, other in pairs:
+        if {one, other} <= _given(arguments):
+            raise ValueError(f"{flag(one)} and {flag(other)}: one is computed from the other; give one of them")
+
+
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The settings whose flag stands there."""
+    return {a.removeprefix("--").partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    """The value of a flag, the last one; None when it is not there."""
+    found = None
     for position, argument in enumerate(arguments):
-        if argument == "--preset" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    return name if name in PRESETS else "demo"
+        before, equals, value = argument.partition("=")
+        if before.replace("_", "-") == flag(name):
+            found = value if equals else next(iter(arguments[position + 1 :]), None)
+    return found

@@ -10,13 +10,14 @@ from eclip.parallel.ranks import Ranks
 from eclip.training.feature_cache.cache import FeatureCache, cache_folder
 from eclip.training.optim import lock_towers
 from eclip.training.prepare import Prepared
+from eclip.training.starting.start_from import load_start
 from eclip.weights.pretrained import load_image_weights, load_text_weights
 
 
 def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
-    """The model on CPU, the same on every rank: seeded, pretrained towers loaded, what does not train locked.
+    """The model on CPU, the same on every rank: seeded, pretrained weights loaded, what does not train locked.
 
-    pretrained: False leaves the towers' files alone, for a model that a checkpoint fills.
+    pretrained: False leaves the towers' files and --start-from alone, for a model that a checkpoint fills.
     """
     torch.manual_seed(config.seed)
     model = ECLIP(config.model)
@@ -24,6 +25,8 @@ def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
         load_image_weights(model.image_encoder, config.image_weights, tower=config.image_tower)
     if pretrained and config.text_weights is not None:
         load_text_weights(model.text_encoder, config.text_weights, tower=config.text_tower)
+    if pretrained and config.start_from is not None:
+        load_start(config.start_from, model)
     lock_towers(model, config)
     make_objective(config.objective).lock_unused(model)
     return model
@@ -35,7 +38,7 @@ def open_cache(model: ECLIP, prepared: Prepared, ranks: Ranks) -> FeatureCache |
     All ranks fill it together, through the file: nobody waits in a collective meanwhile.
     """
     config = prepared.config
-    if not config.cache_features:
+    if not config.cache_features or config.steps == 0:  # nothing will be trained
         return None
     return FeatureCache.build_or_open(
         cache_folder(config),

@@ -1,0 +1,203 @@
+"""Does it fit? The memory of the step and of the loader, and the disk of the feature cache, before a model is built.
+
+A run that needs more than 1.2 times of what is there is refused, with the numbers and flags that fit; one that comes
+close is told so. The estimates err by a fifth or so: whatever might fit is let go on.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from eclip.config import RunConfig
+from eclip.dataloading.shards import ShardIndex
+from eclip.dataloading.text import WordPiece
+from eclip.parallel.ranks import Ranks
+from eclip.training.feature_cache.cache import cache_folder
+from eclip.training.starting.memory import cache_bytes, loader_bytes, state_bytes, step_bytes
+from eclip.training.step import use_bf16
+
+_SURELY, _CLOSE = 1.2, 0.85
+_GIB = 1 << 30
+_SAMPLED_TITLES = 256
+
+
+class TooLarge(ValueError):
+    """It surely does not fit: how much is needed, how much is there, and what would fit."""
+
+
+def check_resources(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, ranks: Ranks) -> tuple[str, ...]:
+    """Lines to print about what is nearly too much. All ranks call it, and all raise TooLarge when one must."""
+    mine: tuple[str | None, tuple[str, ...]]
+    try:
+        mine = (None, _check(config, index, tokenizer, ranks))
+    except TooLarge as error:
+        mine = (str(error), ())
+    everyone = ranks.gather(mine)
+    problem = next((text for text, _ in everyone if text is not None), None)
+    if problem is not None:
+        raise TooLarge(problem)
+    return tuple(dict.fromkeys(line for _, lines in everyone for line in lines))
+
+
+def _check(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, ranks: Ranks) -> tuple[str, ...]:
+    notes = _check_disk(config, index)
+    if config.steps == 0:
+        return notes
+    fit = _Fit(config, mean_tokens(index, tokenizer, config.data.max_tokens), ranks)
+    return (*notes, *fit.check())
+
+
+def mean_tokens(index: ShardIndex, tokenizer: WordPiece, most: int) -> float:
+    """Of a title, over a sample of images."""
+    rows = range(0, index.num_images, max(1, index.num_images // _SAMPLED_TITLES))
+    _, bounds = tokenizer.encode([index.title(row) for row in rows], most)
+    return float(bounds[-1]) / len(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """A run on this machine."""
+
+    config: RunConfig
+    tokens: float
+    ranks: Ranks
+
+    @property
+    def cuda(self) -> bool:
+        return self.ranks.device.type == "cuda"
+
+    @property
+    def shards(self) -> int:
+        """Ranks that parameters, gradients and optimizer state are spread over."""
+        match self.config.compute.shard:
+            case "none":
+                return 1
+            case "hybrid":
+                return self.ranks.local_size
+            case "full":
+                return self.ranks.world_size
+
+    def step(self, config: RunConfig) -> float:
+        ranks = self.ranks
+        bf16 = use_bf16(config, ranks)
+        return step_bytes(
+            config, self.tokens, world_size=ranks.world_size, shards=self.shards, bf16=bf16, cuda=self.cuda
+        )
+
+    def device(self, config: RunConfig) -> float:
+        """Bytes of this rank on its GPU."""
+        offloaded = state_bytes(config, self.shards) if config.compute.cpu_offload else 0
+        return self.step(config) - offloaded
+
+    def host(self, config: RunConfig) -> float:
+        """Bytes of this rank on its machine."""
+        total = loader_bytes(config, self.ranks.world_size)
+        if not self.cuda:
+            return total + self.step(config)
+        return total + (state_bytes(config, self.shards) if config.compute.cpu_offload else 0)
+
+    def check(self) -> tuple[str, ...]:
+        notes: tuple[str, ...] = ()
+        if self.cuda:
+            free = torch.cuda.mem_get_info(self.ranks.device)[0]
+            notes += self._judge(self.device, free, "of GPU memory", "a rank")
+        ranks = self.ranks.local_size
+        return notes + self._judge(self.host, available_memory() / ranks, "of memory", f"each of {ranks} ranks")
+
+    def _judge(self, need: Callable[[RunConfig], float], free: float, what: str, whose: str) -> tuple[str, ...]:
+        """Raise TooLarge, or a line, or nothing."""
+        config, needed = self.config, need(self.config)
+        if needed <= _CLOSE * free:
+            return ()
+        alone = whose.endswith(" 1 ranks") or self.ranks.world_size == 1
+        line = f"about {needed / _GIB:.1f} GiB {what} are needed{'' if alone else f' by {whose}'}"
+        line += f", {free / _GIB:.1f} are free"
+        if needed > _SURELY * free:
+            raise TooLarge(f"{line}{self._parts(config, what)}; {self._way_out(need, free)}")
+        return (f"{line}: close; {self._way_out(need, free)} if it does not suffice",)
+
+    def _parts(self, config: RunConfig, what: str) -> str:
+        states = state_bytes(config, self.shards) / _GIB
+        loader = loader_bytes(config, self.ranks.world_size) / _GIB
+        size = config.micro_batch or config.schedule.largest // self.ranks.world_size
+        shown = f"model and optimizer {states:.1f}"
+        if not self.cuda or what == "of memory":
+            shown += f", {config.data.num_workers} data workers {loader:.1f}"
+        if not self.cuda or what != "of memory":
+            shown += f", the rest for {size} products at a time"
+        return f" ({shown})"
+
+    def _way_out(self, need: Callable[[RunConfig], float], free: float) -> str:
+        """Flags with which it fits, the mildest first."""
+        config, room = self.config, _CLOSE * free
+        fewer = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=1))
+        ways: list[tuple[str, RunConfig]] = []
+        if config.data.num_workers > 1 and not config.cache_features:
+            ways.append(("--num-workers 1", fewer))
+        for size in _smaller(config, self.ranks.world_size):
+            flags = f"--micro-batch {size}"
+            ways.append((flags, dataclasses.replace(config, micro_batch=size)))
+            if ways[0][0] == "--num-workers 1":
+                ways.append((f"{flags} --num-workers 1", dataclasses.replace(fewer, micro_batch=size)))
+        fitting = next((flags for flags, changed in ways if need(changed) <= room), None)
+        if fitting is not None:
+            return f"{fitting} fits"
+        return "no --micro-batch fits: a smaller model, --lock-image --lock-text, or more GPUs (--shard full) would"
+
+
+def _smaller(config: RunConfig, world_size: int) -> list[int]:
+    """Micro-batches that divide every rank's share, the largest first."""
+    shares = [size // world_size for size in config.schedule.sizes]
+    most = min(config.micro_batch or max(shares), min(shares))
+    return [size for size in range(most, 0, -1) if all(share % size == 0 for share in shares)]
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or the container that limits it, can still give."""
+    return min(_from_the_machine(), _from_the_container(Path("/sys/fs/cgroup")))
+
+
+def _from_the_machine() -> float:
+    return _fields(Path("/proc/meminfo")).get("MemAvailable:", float("inf")) * 1024
+
+
+def _from_the_container(group: Path) -> float:
+    """Its limit less what it holds; pages of files are given back when they are wanted."""
+    try:
+        limit, held = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such group, or "max"
+        return float("inf")
+    files = _fields(group / "memory.stat")
+    return limit - held + files.get("inactive_file", 0) + files.get("active_file", 0)
+
+
+def _fields(file: Path) -> dict[str, float]:
+    """Lines of a name and a number; nothing where there is no such file."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+
+
+def _check_disk(config: RunConfig, index: ShardIndex) -> tuple[str, ...]:
+    """Raise TooLarge when the feature cache surely has no room; a whole or begun one of its size has its room."""
+    if not config.cache_features or config.steps == 0:
+        return ()
+    folder, needed = cache_folder(config), cache_bytes(config, index.num_images)
+    there = [path for pattern in ("images-*.npy", "images-*.partial") for path in folder.glob(pattern)]
+    if any(needed <= path.stat().st_size <= needed + 4096 for path in there):
+        return ()
+    free = shutil.disk_usage(folder if folder.is_dir() else config.data.data_dir).free
+    line = (
+        f"{folder}: the features of {index.num_images} images in {config.cached_views} views take "
+        f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    )
+    if needed > free:
+        raise TooLarge(
+            f"{line}; free some, use fewer --cached-views, another --data-dir, or no cache (--no-cache-features)"
+        )
+    return (f"{line}: close",) if needed > _CLOSE * free else ()
