@@ -20,8 +20,9 @@ from eclip.dataloading.system.console import say
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.settings import ComputeConfig
 
-# torch 2.13 renamed it; the new name is not in 2.11, which is supported too.
+# torch 2.13 renamed both; the new names are not in 2.11, which is supported too.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
 # A block that returns a view is fine as long as nobody changes it in place, and nobody does.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
@@ -43,7 +44,8 @@ def spread(
         _say_idle(settings, ranks, "one process has nothing to shard")
         return root
     if settings.shard == "none":
-        # What is locked, the momentum model too, has no gradient to average; buffers never change.
+        # What is locked, the momentum model too, has no gradient to average; buffers never change. Every other parameter
+        # is used by each backward pass: a loss of weight 0 still has a gradient, of zeros.
         return DistributedDataParallel(
             root, process_group=ranks.group, broadcast_buffers=False, gradient_as_bucket_view=True
         )
