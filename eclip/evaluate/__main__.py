@@ -14,6 +14,7 @@ import tyro
 
 from eclip.evaluate.run import evaluate_run
 from eclip.presets import one_line_errors
+from eclip.training.checkpoint import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class Arguments:
 
     checkpoint: Path
     """Folder of the run, as training wrote it (--run-dir)."""
+    best: bool = False
+    """Take the checkpoint with the lowest loss of the val split (train --validate-every N) instead of the newest."""
+    weights: Weights = "model"
+    """The trained weights, or the moving average (EMA) of them that the momentum model is."""
     data_dir: Path | None = None
     """The catalogue, where it is not the one at the place that the run recorded: moved, or another one."""
     split: str = "test"
@@ -57,6 +62,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.eval
             threshold=arguments.threshold,
             cache_dir=arguments.cache_dir,
             progress=not arguments.quiet,
+            which="best" if arguments.best else "newest",
+            weights=arguments.weights,
         )
     except torch.OutOfMemoryError:
         sys.exit(f"error: --batch-size {arguments.batch_size}: the GPU's memory does not suffice; take a smaller one")

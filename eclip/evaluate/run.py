@@ -26,7 +26,8 @@ from eclip.evaluate.tasks import (
 )
 from eclip.files import replace_text, writing
 from eclip.objectives.objective import make_objective
-from eclip.training.checkpoint import load_run
+from eclip.parallel.ranks import Ranks
+from eclip.training.checkpoint import Weights, Which, load_run
 from eclip.training.feature_cache.cache import cache_folder
 
 Task = Callable[[Evaluator, Split], Iterator[tuple[str, Outcome]]]
@@ -63,14 +64,19 @@ def evaluate_run(
     threshold: float | Literal["auto"] = "auto",
     cache_dir: Path | None = None,
     progress: bool = True,
+    which: Which = "newest",
+    weights: Weights = "model",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the newest weights of `run_dir` on a split; print the tables.
+    """Evaluate a checkpoint of `run_dir` on a split; print the tables.
 
+    which, weights: the newest checkpoint or the best, the trained weights or their moving average (`load_run`).
     data_dir: the catalogue, where it is not the one at the place that the run recorded (see inputs.py). limit: take
     only so many products, evenly spread. threshold: cuts the score maps into regions; "auto" takes the
     best of a small grid on the VAL split. cache_dir: see Evaluator; a run trained with --cache-features has one anyway.
-    Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png
-    (another split than test: evaluation-SPLIT.json, grounding-SPLIT.png). Returns what the JSON holds:
+    ranks: this is rank 0 of several that help (together.py).
+    Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png; whatever is not the usual has its own
+    files (evaluation-val.json, evaluation-best-momentum.json). Returns what the JSON holds:
     result["tables"][task]["rows"][row][metric], in [0, 1] unless the table's unit is nats, None where undefined.
     Raises ValueError when there is no run, when its data is missing or other than it was, when features are not finite,
     and, after the tables are printed, when the files cannot be written.
@@ -81,7 +87,7 @@ def evaluate_run(
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir}: no run here (config.json is missing); give the --run-dir that training wrote")
     began = time.monotonic()
-    model, config, tokenizer = load_run(run_dir, device)
+    model, config, tokenizer = load_run(run_dir, device, which=which, weights=weights)
     catalogue = Catalogue.of_run(run_dir, config, data_dir)
     config = replace(config, data=replace(config.data, data_dir=catalogue.folder))
     index = catalogue.open(split)
@@ -96,12 +102,15 @@ def evaluate_run(
         cache_dir=cache_folder(config) if cache_dir is None and config.cache_features else cache_dir,
         cache_is_wanted=cache_dir is not None,
         progress=progress,
+        **({} if ranks is None else {"ranks": ranks}),
     )
     given = evaluator.split(split, index, limit)
     answers = run_tasks(evaluator, given)
     result = {
         "run_dir": str(run_dir),
         "split": split,
+        "checkpoint": which,
+        "weights": weights,
         "data": {"data_dir": str(catalogue.folder), "fingerprint": index.fingerprint, "notes": catalogue.notes},
         "products": len(given.facts),
         "images": len(given.features),
@@ -131,7 +140,8 @@ def run_tasks(evaluator: Evaluator, split: Split) -> Answers:
 
 def _report(run_dir: Path, result: dict[str, Any], answers: Answers) -> None:
     """Print the tables, then write the JSON and the sheet: in this order, so that a full disk costs no numbers."""
-    suffix = "" if result["split"] == "test" else f"-{result['split']}"
+    told = [(result["split"], "test"), (result["checkpoint"], "newest"), (result["weights"], "model")]
+    suffix = "".join(f"-{value}" for value, usual in told if value != usual)
     path, sheet = run_dir / f"evaluation{suffix}.json", run_dir / f"grounding{suffix}.png"
     try:
         _print_tables(result, answers)
@@ -147,7 +157,9 @@ def _report(run_dir: Path, result: dict[str, Any], answers: Answers) -> None:
 
 def _print_tables(result: dict[str, Any], answers: Answers) -> None:
     size = f"{result['products']} products, {result['images']} images"
-    print(f"\n{result['run_dir']}: {result['split']} split, {size}; numbers in %, losses in nats\n")
+    what = "" if result["checkpoint"] == "newest" else f"{result['checkpoint']} checkpoint, "
+    what += "" if result["weights"] == "model" else f"{result['weights']} weights, "
+    print(f"\n{result['run_dir']}: {what}{result['split']} split, {size}; numbers in %, losses in nats\n")
     for note in result["data"]["notes"]:
         print(f"note: {note}\n")
     if not result["decoder_trained"]:

@@ -11,6 +11,7 @@ from eclip.training.feature_cache.cache import FeatureCache, cache_folder
 from eclip.training.optim import lock_towers
 from eclip.training.prepare import Prepared
 from eclip.training.starting.start_from import load_start
+from eclip.training.validation import Validation
 from eclip.weights.pretrained import load_image_weights, load_text_weights
 
 
@@ -59,6 +60,14 @@ def stall_limit(config: RunConfig, world_size: int) -> float:
     """
     limit = config.data.stall_seconds
     return limit if world_size == 1 else min(limit, config.rank_timeout_seconds / 2)
+
+
+def open_validation(prepared: Prepared, ranks: Ranks) -> Validation | None:
+    """With --validate-every."""
+    config = prepared.config
+    if not config.validate_every:
+        return None
+    return Validation(config, prepared.tokenizer, ranks, stall_seconds=stall_limit(config, ranks.world_size))
 
 
 def make_loader(prepared: Prepared, ranks: Ranks) -> ProductLoader:

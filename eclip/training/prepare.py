@@ -23,9 +23,7 @@ from eclip.parallel.ranks import Ranks
 from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
 from eclip.presets import DISPOSABLE_RUNS, PRESETS
 from eclip.training.checkpoint.files import STATE, Found, find_checkpoint, list_checkpoints, set_aside
-from eclip.training.metrics.sinks import check_packages
-from eclip.training.optim import check_locks, check_optimizer, describe_switch
-from eclip.training.checkpoint.resume_rules import describe_changes, require_same_run
+from eclip.training.checkpoint.resume_rules import describe_changes, require_same_batches, require_same_run
 from eclip.training.checkpoint.run_folder import (
     check_usable,
     install,
@@ -35,9 +33,12 @@ from eclip.training.checkpoint.run_folder import (
     read_tokenizer,
     refuse_busy,
 )
+from eclip.training.metrics.sinks import check_packages
+from eclip.training.optim import check_locks, check_optimizer, describe_switch
 from eclip.training.starting.batches import as_begun, check_batches, resolve_sizes
 from eclip.training.starting.estimate import check_resources
 from eclip.training.starting.start_from import Start, open_start
+from eclip.training.validation import open_val
 
 PACKED_PRESETS = ("demo", "demo_towers", "debug")
 """Presets whose own data folder is filled from the embedded catalogue."""
@@ -104,6 +105,8 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     index = ShardIndex.open(config.data.data_dir, "train")
     config, sizes = resolve_sizes(config, index.num_products, ranks.world_size)
     check_batches(config, ranks)
+    if config.validate_every:
+        ranks.from_main(lambda: open_val(config))
     record, notes = ranks.from_main(lambda: _data_record(config, index))
     notes = sizes + notes
     if config.global_batch_size > index.num_products:
@@ -115,6 +118,7 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
         checkpoint = _checkpoint_to_continue(config.run_dir, ranks)
         saved = _absolute(saved)
         _require_steps(config, checkpoint)
+        require_same_batches(saved, config, checkpoint.state["step"])
         if checkpoint.state["step"] == config.steps:
             notes += (f"all {config.steps} steps are done",)
             config = _as_trained(saved, config)

@@ -11,8 +11,17 @@
 The trainer sees the names below; files.py, run_folder.py and resume_rules.py are asked directly.
 """
 
-from .loading import load_checkpoint, load_locked_towers, load_run
+from .files import Which
+from .loading import Weights, load_checkpoint, load_locked_towers, load_run
 from .saving import save_checkpoint
 from .writer import CheckpointWriter
 
-__all__ = ["CheckpointWriter", "load_checkpoint", "load_locked_towers", "load_run", "save_checkpoint"]
+__all__ = [
+    "CheckpointWriter",
+    "Weights",
+    "Which",
+    "load_checkpoint",
+    "load_locked_towers",
+    "load_run",
+    "save_checkpoint",
+]
