@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eclip.parallel.gather import gather_rows
+from eclip.training.metrics.spans import span
 from eclip.training.step import EncodedPart, Part, TrainStep
 
 
@@ -54,7 +55,8 @@ def accumulate(
         own = {name: rows[start:stop] for name, rows in gradients.items()}
         with last_backward(number == len(parts) - 1):
             losses = call("rows", part, pool, targets, own, scale_gradient, 1 / len(parts), observe=observe)
-            losses.pop("total").backward()
+            with span("backward"):
+                losses.pop("total").backward()
         local.append({name: value.detach() for name, value in losses.items()})
         start = stop
     means = {name: torch.stack([losses[name] for losses in local]).mean() for name in local[0]}

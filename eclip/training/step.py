@@ -20,7 +20,10 @@ from eclip.objectives.draws import Draws
 from eclip.objectives.objective import make_objective
 from eclip.objectives.views import CachedFeatures, View
 from eclip.parallel.ranks import Ranks
+from eclip.training.metrics.flops import overhead
+from eclip.training.metrics.spans import span
 from eclip.training.momentum import keep_locked_in_eval
+from eclip.training.validation import validation_loss
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TrainStep(nn.Module):
 
     def forward(self, stage: str, *inputs: Any, **options: Any) -> Any:
         """Run a stage, a method of that name."""
-        with self.autocast():
+        with span(stage), self.autocast():
             return getattr(self, stage)(*inputs, **options)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -80,7 +83,8 @@ class TrainStep(nn.Module):
     @torch.no_grad()
     def encode(self, part: Part) -> EncodedPart:
         """The rows of a part, each on its own."""
-        view = self.objective.encode(self.model, part.batch, part.cached, part.draws)
+        with overhead():  # `rows` does it again
+            view = self.objective.encode(self.model, part.batch, part.cached, part.draws)
         other = None
         if self.momentum is not None:
             other = self.objective.encode_momentum(self.momentum, part.batch, part.cached, part.draws)
@@ -120,6 +124,11 @@ class TrainStep(nn.Module):
         if local:
             total = total + share * objective.weighted_sum(local, part.batch.step)
         return {**local, "total": total}
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> Tensor:
+        """The loss of a batch of the val split, on this rank alone."""
+        return validation_loss(self.model, batch, self.objective.config)
 
     def train(self, mode: bool = True) -> "TrainStep":
         """Locked parts and the momentum model stay in eval mode."""

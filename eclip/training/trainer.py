@@ -5,10 +5,12 @@ one, and ranks change nothing but the speed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,18 @@ from eclip.parallel.ranks import Ranks
 from eclip.parallel.sharding import last_backward
 from eclip.parallel.signals import Stopped, StopSignals
 from eclip.training.accumulation import accumulate
-from eclip.training.build import build_model, make_loader, open_cache
-from eclip.training.checkpoint import load_checkpoint, load_locked_towers, save_checkpoint
+from eclip.training.build import build_model, make_loader, open_cache, open_validation
+from eclip.training.checkpoint import CheckpointWriter, load_checkpoint, load_locked_towers
+from eclip.training.checkpoint.files import lowest_val_loss
 from eclip.training.compute import apply_compute
 from eclip.training.feeding import Completion, Feed
 from eclip.training.finite import SkippedSteps
 from eclip.training.flight import InFlight
+from eclip.training.metrics.gradients import gradient_squares, to_norms
+from eclip.training.metrics.profiler import StepProfiler
 from eclip.training.metrics.sinks import MetricSink
-from eclip.training.metrics.throughput import Throughput, count_flops
+from eclip.training.metrics.spans import span
+from eclip.training.metrics.throughput import Throughput, count_flops, first_step_note
 from eclip.training.momentum import make_momentum, update_momentum
 from eclip.training.optim import build_optimizer, learning_rate, set_learning_rate, step_if_finite
 from eclip.training.prepare import Prepared
@@ -56,10 +62,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loader = make_loader(prepared, ranks)
+        self.writer = CheckpointWriter(
+            self.config.run_dir, ranks, keep=self.config.keep_checkpoints, background=self.config.async_checkpoints
+        )
+        self.validation = open_validation(prepared, ranks)
         self.in_flight = InFlight()
         self.skipped = SkippedSteps(self.config.max_nonfinite_steps, self.config.run_dir, ranks)
         self.step = self.first_step = 0
         """Steps done, and those that were done when this process began."""
+        self.lowest_val_loss = math.inf
+        """Of the checkpoints that are there."""
         if checkpoint is not None:
             self._load(checkpoint.path)
         prepared.commit(ranks)
@@ -69,6 +81,7 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.model, self.momentum, self.optimizer, self.ranks)
         self.loader.load_state_dict(state["loader"])
         self.step = self.first_step = state["step"]
+        self.lowest_val_loss = self.ranks.from_main(lambda: lowest_val_loss(self.config.run_dir))
 
     def _say_where_it_starts(self) -> None:
         if self.prepared.checkpoint is not None:
@@ -78,29 +91,25 @@ class Trainer:
         for note in self.prepared.notes:
             self._say(note)
 
-    def save(self) -> None:
-        """A checkpoint of the steps done; all ranks call it."""
-        save_checkpoint(
-            self.config.run_dir,
-            self.step,
-            self.model,
-            self.momentum,
-            self.optimizer,
-            {"loader": {**self.loader.state_dict(), "step": self.step}},  # a stop drops a batch that has come already
-            self.ranks,
-            keep=self.config.keep_checkpoints,
-        )
+    def save(self, val_loss: float | None = None) -> None:
+        """A checkpoint of the steps done; all ranks call it. val_loss: of these, where it was computed."""
+        # A stop drops a batch that has come already.
+        state: dict[str, Any] = {"loader": {**self.loader.state_dict(), "step": self.step}}
+        if val_loss is not None and math.isfinite(val_loss):
+            state["val_loss"] = val_loss
+        with span("checkpoint"):
+            self.writer.save(self.step, self.model, self.momentum, self.optimizer, state)
 
     def run(self, sinks: Sequence[MetricSink], stop: StopSignals) -> bool:
         """Step to config.steps, calling `sinks` every log_every steps. True when done, False after a stop signal."""
-        config, start = self.config, self.step
-        throughput = Throughput(config.steps, start, config.global_batch_size, self.ranks.device)
-        batches = iter(self.loader) if start < config.steps else iter(())
-        feed = Feed(batches, Completion(self.objective, config, self.cache, self.ranks), self.ranks.device)
-        if config.steps == 0 and self.prepared.checkpoint is None:
-            self.save()  # what the run started from, for evaluation and for a --resume with steps
-        with stop.noted():
-            while self.step < config.steps:
+        config, left = self.config, self.config.steps - self.step
+        throughput = Throughput(config.schedule, config.steps, self.step, self.ranks.device)
+        feed = self._feed() if left else None
+        profiler = StepProfiler(config.run_dir, self.ranks, on=config.profile, steps=left)
+        with stop.noted(), self.writer, profiler:
+            if config.steps == 0 and self.prepared.checkpoint is None:
+                self.save()  # what the run started from, for evaluation and for a --resume with steps
+            while feed is not None and self.step < config.steps:
                 parts = self._next_parts(feed, throughput, stop)
                 # A rank told to stop while it waits for data joins here like those that have theirs: none stands in a
                 # collective of the step, waiting for one that never comes.
@@ -109,15 +118,13 @@ class Trainer:
                     self._stop(signum)
                     return False
                 assert parts is not None
-                done = self.step + 1 == config.steps
-                logs = (self.step + 1) % config.log_every == 0 or done
-                self._take_step(parts, throughput, observe=logs)
-                self.step += 1
-                saves = self.step % config.checkpoint_every == 0 or done
-                self._settle(everything=logs or saves, throughput=throughput if logs else None, sinks=sinks)
-                if saves:
-                    self.save()
+                self._step(parts, throughput, sinks)
+                profiler.step()
         return True
+
+    def _feed(self) -> Feed:
+        complete = Completion(self.objective, self.config, self.cache, self.ranks)
+        return Feed(iter(self.loader), complete, self.ranks.device)
 
     def _next_parts(self, feed: Feed, throughput: Throughput, stop: StopSignals) -> list[Part] | None:
         """The parts of the next step; None when a stop signal came, which ends the wait for them."""
@@ -133,11 +140,39 @@ class Trainer:
         written = self.step > self.first_step
         if written:
             self.save()
+            self.writer.finish()
         if self.step == 0:
             what = "stopped before the first step, nothing to save"
         else:
             what = f"checkpoint of step {self.step} {'written' if written else 'is there'}; continue with --resume"
         say_stopped(signum, what, speaks=self.ranks.is_main)
+
+    def _step(self, parts: list[Part], throughput: Throughput, sinks: Sequence[MetricSink]) -> None:
+        """One step, and what is due after it: a log line, a checkpoint."""
+        config = self.config
+        done = self.step + 1 == config.steps
+        validates = self.validation is not None and ((self.step + 1) % config.validate_every == 0 or done)
+        logs = (self.step + 1) % config.log_every == 0 or done or validates
+        with throughput.taking(self.step):
+            self._take_step(parts, throughput, observe=logs)
+        self.step += 1
+        if config.compute.compile and throughput.first_step_seconds and self.step == self.first_step + 1:
+            self._say(first_step_note(throughput.first_step_seconds))
+        val_loss, is_best = self._validate(throughput) if validates else (None, False)
+        saves = self.step % config.checkpoint_every == 0 or done or is_best
+        more = {} if val_loss is None else {"val_loss": val_loss}
+        self._settle(everything=logs or saves, throughput=throughput if logs else None, sinks=sinks, more=more)
+        if saves:
+            self.save(val_loss)
+
+    def _validate(self, throughput: Throughput) -> tuple[float, bool]:
+        """The loss of the val split, and whether it is the lowest so far."""
+        assert self.validation is not None
+        with throughput.aside(), span("validate"):
+            loss = self.validation(self.spread)
+        is_best = loss < self.lowest_val_loss
+        self.lowest_val_loss = min(loss, self.lowest_val_loss) if math.isfinite(loss) else self.lowest_val_loss
+        return loss, is_best
 
     def _take_step(self, parts: list[Part], throughput: Throughput, *, observe: bool) -> None:
         """Tell the device to take a step; its numbers come later (`_settle`)."""
@@ -149,13 +184,15 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         with count_flops(throughput) if throughput.wants_flops else nullcontext():
             losses = self._losses_and_gradients(parts, observe=observe)
-        norm = nn.utils.clip_grad_norm_(self.trained, config.optim.clip_norm)
-        finite = self._send_numbers(losses, norm, parts, rate)
-        step_if_finite(self.optimizer, finite)
-        self.model.clamp_logit_scale()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.momentum is not None:
-            update_momentum(self.model, self.momentum, config.objective.ema_momentum, finite=finite)
+        with span("optimizer"):
+            squares = gradient_squares(self.model) if observe else {}
+            norm = nn.utils.clip_grad_norm_(self.trained, config.optim.clip_norm)
+            finite = self._send_numbers({**losses, "grad_norm": norm, **squares}, parts, rate)
+            step_if_finite(self.optimizer, finite)
+            self.model.clamp_logit_scale()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.momentum is not None:
+                update_momentum(self.model, self.momentum, config.objective.ema_momentum, finite=finite)
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -168,26 +205,37 @@ class Trainer:
             module, call = self.step_module, self.spread
             return accumulate(module, call, parts, partial(last_backward, call), observe=observe)
         losses = self.spread("losses", parts[0], observe=observe)
-        losses["loss"].backward()
+        with span("backward"):
+            losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _send_numbers(self, losses: dict[str, Tensor], norm: Tensor, parts: list[Part], rate: float) -> Tensor:
-        """Average every loss and the gradient norm over ranks, in one all-reduce; whether all of them are finite."""
-        full_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        own = torch.stack([value.float().reshape(()) for value in [*losses.values(), full_norm]])
+    def _send_numbers(self, numbers: dict[str, Tensor], parts: list[Part], rate: float) -> Tensor:
+        """Average the numbers of a step over ranks, in one all-reduce; whether all of them are finite."""
+        full = [x.full_tensor() if isinstance(x, DTensor) else x for x in numbers.values()]
+        own = torch.stack([x.detach().float().reshape(()) for x in full])
         means = self.ranks.mean(own.clone())
         keys = [key for part in parts for key in part.batch.keys]
-        self.in_flight.send(self.step, keys, rate, [*losses, "grad_norm"], means, own)
+        self.in_flight.send(self.step, keys, rate, list(numbers), means, own)
         return means.isfinite().all()
 
     def _settle(
-        self, *, everything: bool, throughput: Throughput | None = None, sinks: Sequence[MetricSink] = ()
+        self,
+        *,
+        everything: bool,
+        throughput: Throughput | None = None,
+        sinks: Sequence[MetricSink] = (),
+        more: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Look at the numbers that have come from the device. throughput: this step's go to the `sinks`, with rates."""
+        """Look at the numbers that have come from the device. throughput: this step's go to the `sinks`, with rates.
+
+        more: numbers of this step that are on the host already.
+        """
         for record in self.in_flight.arrived(everything=everything):
             finite = self.skipped.see(record)
             if throughput is not None and record.step + 1 == self.step:
-                values = {name: value for name, value in record.means.items() if finite or math.isfinite(value)}
+                means = to_norms(record.means)
+                values = {name: value for name, value in means.items() if finite or math.isfinite(value)}
+                values |= {name: value for name, value in more.items() if math.isfinite(value)}
                 values |= {"learning_rate": record.learning_rate, **throughput.report(self.step)}
                 if self.skipped.total:
                     values["skipped_steps"] = self.skipped.total
