@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.bench import Bench
 from benchmarks.train_step import goals, kinds
@@ -30,6 +29,7 @@ from eclip.config import RunConfig
 from eclip.model.settings import ModelConfig
 from eclip.parallel.settings import ComputeConfig
 from eclip.presets import PRESETS
+from eclip.training.metrics.flops import ModelFlops
 from eclip.training.metrics.peaks import peak_flops
 
 RACE_SECONDS = 90.0
@@ -70,9 +70,9 @@ def flops_a_product(model: ModelConfig, device: torch.device) -> float:
     """Of forward and backward of our step on a whole batch, nothing computed twice."""
     config = dataclasses.replace(PRESETS["vit_b16"], model=model, global_batch_size=32, evaluate=False)
     step, parts = OurStep(config, device), make_parts(config, device)
-    with FlopCounterMode(display=False) as counter:
+    with ModelFlops() as counter:
         step.losses_and_gradients(parts)
-    return counter.get_total_flops() / config.global_batch_size
+    return counter.total / config.global_batch_size
 
 
 def measure(
@@ -130,11 +130,11 @@ def test_open_clip(bench: Bench) -> None:
         pytest.skip("open_clip's ViT-B-16 takes seconds a step on a CPU")
     config = a_run(bench, BATCH, ComputeConfig())
     call = or_skip(lambda: OpenClipStep(config, bench.device))
-    with FlopCounterMode(display=False) as counter:
+    with ModelFlops() as counter:
         call.losses_and_gradients()
     call.optimizer.zero_grad()
-    flops = float(counter.get_total_flops())
-    measure(bench, call, config, op=goals.OPTIONS, provider="open_clip", flops=flops, note="another, smaller model")
+    total = float(counter.total)
+    measure(bench, call, config, op=goals.OPTIONS, provider="open_clip", flops=total, note="another, smaller model")
 
 
 def or_skip(make: Callable[[], Any]) -> Any:

@@ -27,6 +27,8 @@ ELEMENTWISE = "elementwise and reductions"
 REST = "idle"
 NAMES = (*(kind for kind, _ in KINDS), ELEMENTWISE, REST)
 _RANGES = re.compile(r"^(Optimizer\.|ProfilerStep|nn\.Module|## |aot|Torch-Compiled|CompiledFunction)")
+"""Named ranges that older versions do not mark as such."""
+_OPERATOR = re.compile(r"^(?!autograd::)\w+::")
 
 
 def kind_of(name: str) -> str:
@@ -52,7 +54,7 @@ def shares(call: Callable[[], Any], device: torch.device, *, steps: int = 3) -> 
             if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         )
     own = [(event.key, float(event.self_cpu_time_total)) for event in found.key_averages()]
-    return _normalised(((name, microseconds) for name, microseconds in own if not _RANGES.match(name)), wall)
+    return _normalised(((name, microseconds) for name, microseconds in own if _OPERATOR.match(name)), wall)
 
 
 def of_kernels(events: Iterable[tuple[str, float, float]]) -> dict[str, float]:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.train_step.batches import make_parts, pad
-from benchmarks.train_step.compute import apply_compute
 from benchmarks.train_step.models import random_model
 from benchmarks.train_step.open_clip_step import OpenClipStep
 from benchmarks.train_step.plain import PlainStep
 from eclip.config import RunConfig
 from eclip.parallel.ranks import Ranks
-from eclip.parallel.sharding import last_backward, spread
+from eclip.parallel.sharding import last_backward
 from eclip.training.accumulation import accumulate
+from eclip.training.compute import apply_compute
 from eclip.training.flight import InFlight
 from eclip.training.momentum import make_momentum, update_momentum
 from eclip.training.optim import build_optimizer, set_learning_rate, step_if_finite
@@ -58,8 +58,7 @@ class OurStep:
         self.model = random_model(config, device)
         momentum = make_momentum(self.model)
         self.momentum, self.module = momentum, TrainStep(self.model, momentum, config, ranks).train()
-        apply_compute(self.module, config, ranks)
-        self.call = spread(self.module, ranks, config.compute)
+        self.call, _ = apply_compute(self.module, config, ranks)
         self.optimizer = build_optimizer(self.model, config.optim)
         set_learning_rate(self.optimizer, config.optim.learning_rate)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
