@@ -66,8 +66,8 @@ def page(
     if any("of_first" in row for row in rows):
         lines += [
             "Rows that were timed in turns are of full size. `x first`: a call's time over the first row's, the median "
-            "of the ratios within a round; `x first, fastest`: of the best times. Where the two disagree the machine "
-            "was busy with other things.",
+            "of the ratios within a round; `x first, fastest`: of the best times; `x first, CPU time`: of what all "
+            "threads used, in the median too. Where they disagree the machine was busy with other things.",
             "",
         ]
     lines += [f"![contrastive loss: time and memory against the batch]({plot})", ""] if plot else []

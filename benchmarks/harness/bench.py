@@ -200,8 +200,6 @@ class Bench:
         race, rounds = Race(calls), 1
         if self.timed:
             race.turn()  # fills caches
-            race.forget()
-            race.turn()
             rounds = race_rounds_for(sum(times[0] for times in race.times.values()), seconds)
             race.forget()
         self._benchmark.pedantic(race.turn, rounds=rounds)

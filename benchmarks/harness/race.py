@@ -1,7 +1,8 @@
 """A race: several calls in turns, so that whatever else the machine does meets all of them alike.
 
 A call's best time is what the machine can do; the ratio to the first one is the median over rounds of the ratio within
-a round, which a slow minute does not move. Both are told: where they disagree the machine was too busy.
+a round, which a slow minute does not move. Both are told: where they disagree the machine was too busy. Beside them
+stands the ratio of the processors' time that was used, which other processes hardly move.
 """
 
 import time
@@ -20,30 +21,34 @@ class Race:
 
     def __init__(self, calls: Mapping[str, Callable[[], Any]]) -> None:
         self.calls = dict(calls)
-        self.times: dict[str, list[float]] = {name: [] for name in self.calls}
+        self.times: dict[str, list[float]] = {}
+        self.work: dict[str, list[float]] = {}
+        """Seconds of all threads of this process."""
         self._turns = 0
+        self.forget()
 
     def turn(self) -> None:
         names = list(self.calls)
         first = self._turns % len(names)
         for name in names[first:] + names[:first]:
             synchronize()
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             self.calls[name]()
             synchronize()
             self.times[name].append(time.perf_counter() - began)
+            self.work[name].append(time.process_time() - worked)
         self._turns += 1
 
     def forget(self) -> None:
         """What was timed so far was a warm-up."""
         self.times = {name: [] for name in self.calls}
+        self.work = {name: [] for name in self.calls}
 
     def rows(self) -> list[Row]:
         """A row a call, the first call's first."""
-        first = next(iter(self.times.values()))
+        first = next(iter(self.times))
         found = []
         for name, times in self.times.items():
-            ratios = [own / other for own, other in zip(times, first, strict=True)]
             low, _, high = quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
             found.append(
                 {
@@ -52,11 +57,17 @@ class Race:
                     "iqr": high - low,
                     "rounds": len(times),
                     "fastest": min(times),
-                    "of_first": median(ratios),
-                    "of_fastest": min(times) / min(first),
+                    "of_first": _ratio(times, self.times[first]),
+                    "of_fastest": min(times) / min(self.times[first]),
+                    "of_work": _ratio(self.work[name], self.work[first]),
                 }
             )
         return found
+
+
+def _ratio(own: list[float], others: list[float]) -> float:
+    """Median of the ratios within a round; a clock that saw nothing says 1."""
+    return median(a / b if b else 1.0 for a, b in zip(own, others, strict=True))
 
 
 def rounds_for(seconds_a_round: float, seconds: float) -> int:

@@ -10,6 +10,7 @@ COLUMNS = {
     "fastest": lambda r: _time(r["fastest"]) if "fastest" in r else "",
     "x first": lambda r: f"{r['of_first']:.2f}" if "of_first" in r else "",
     "x first, fastest": lambda r: f"{r['of_fastest']:.2f}" if "of_fastest" in r else "",
+    "x first, CPU time": lambda r: f"{r['of_work']:.2f}" if "of_work" in r else "",
     "x eager": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
     "must move": lambda r: _bytes(r.get("bytes")),
     "GB/s": lambda r: f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "",
@@ -28,7 +29,7 @@ COLUMNS = {
 STANDARD = {
     *("op", "provider", "shape", "dtype", "bytes", "flops", "device", "timing", "note", "seconds", "iqr", "rounds"),
     *("name", "gb_per_s", "copy_share", "tflop_per_s", "share", "bound", "peak_bytes", "speedup", "images_per_s"),
-    *("saved", "held", "error", "errors", "fastest", "of_first", "of_fastest", "mfu", "products"),
+    *("saved", "held", "error", "errors", "fastest", "of_first", "of_fastest", "of_work", "mfu", "products"),
 }
 
 

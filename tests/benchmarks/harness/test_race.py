@@ -23,11 +23,13 @@ def test_calls_take_turns_and_another_one_begins_each_time() -> None:
 def test_a_slow_minute_moves_no_ratio() -> None:
     contest = race.Race({"ours": lambda: None, "other": lambda: None})
     contest.times = {"ours": [1.0, 10.0, 1.0, 1.0], "other": [2.0, 20.0, 2.2, 2.0]}
+    contest.work = {"ours": [1.0, 1.0, 1.0, 0.0], "other": [3.0, 3.0, 3.0, 3.0]}
     ours, other = contest.rows()
     assert (ours["of_first"], ours["of_fastest"], ours["fastest"]) == (1, 1, 1)
     assert other["of_first"] == pytest.approx(2)
     assert other["of_fastest"] == pytest.approx(2)
     assert other["fastest"] == 2
+    assert other["of_work"] == 3
 
 
 def test_a_warm_up_is_forgotten() -> None:
@@ -46,6 +48,7 @@ def test_rounds_fill_the_time(a_round: float, rounds: int) -> None:
 def test_rows_of_a_race_are_rows_of_the_page(tmp_path: Path) -> None:
     contest = race.Race({"ours": lambda: None, "other": lambda: None})
     contest.times = {"ours": [0.1, 0.1], "other": [0.3, 0.3]}
+    contest.work = {"ours": [0.2, 0.2], "other": [0.5, 0.5]}
     rows = [{"op": "step", "shape": "B=4", **row} for row in contest.rows()]
     info = {"rows": rows, "remarks": ["a peer is missing"]}
     stats = {"median": 9.0, "iqr": 9.0, "rounds": 9}
@@ -54,4 +57,4 @@ def test_rows_of_a_race_are_rows_of_the_page(tmp_path: Path) -> None:
     found, _, _, remarks = read([path])
     assert remarks == ["a peer is missing"]
     assert [row["seconds"] for row in found] == [0.1, 0.3]
-    assert "| other | B=4 | 300 ms ± 0 µs | 300 ms | 3.00 | 3.00 |" in table(found)
+    assert "| other | B=4 | 300 ms ± 0 µs | 300 ms | 3.00 | 3.00 | 2.50 |" in table(found)
