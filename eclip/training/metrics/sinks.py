@@ -16,9 +16,15 @@ MetricSink = Callable[[int, Mapping[str, float]], None]
 
 
 def console_sink(total_steps: int) -> MetricSink:
-    """Print `step 120/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | eta 9m40s`."""
+    """Print `step 120/20000 | loss 2.134 (itc 1.021 intra 0.310) | scale 14.3 | grad 0.41 | lr 4.9e-4 | ...`.
+
+    The terms of the loss are what stands before it in the numbers (`Objective.in_order`). Gradient norms of the parts
+    of the model would double the line: they are in the other sinks.
+    """
     parts: list[tuple[str, Callable[[float], str]]] = [
-        ("loss", lambda v: f"loss {v:.3f}"),
+        ("val_loss", lambda v: f"val {v:.3f}"),
+        ("logit_scale", lambda v: f"scale {v:.1f}"),
+        ("positive_share", lambda v: f"positive {v:.0%}"),
         ("grad_norm", lambda v: f"grad {v:.2f}"),
         ("learning_rate", lambda v: f"lr {format_rate(v)}"),
         ("pairs_per_second", lambda v: f"{format_count(v)} pairs/s"),
@@ -26,13 +32,22 @@ def console_sink(total_steps: int) -> MetricSink:
         ("data_seconds", lambda v: f"data {v * 1e3:.0f} ms"),
         ("memory_gib", lambda v: f"mem {v:.0f} GiB" if v >= 10 else f"mem {v:.1f} GiB"),
         ("eta_seconds", lambda v: f"eta {format_duration(v)}"),
+        ("skipped_steps", lambda v: f"skipped {v:.0f}"),
     ]
 
     def write(step: int, values: Mapping[str, float]) -> None:
         fields = [text(values[name]) for name, text in parts if name in values]
-        say(" | ".join([f"step {step}/{total_steps}", *fields]))
+        say(" | ".join([f"step {step}/{total_steps}", *_loss_field(values), *fields]))
 
     return write
+
+
+def _loss_field(values: Mapping[str, float]) -> list[str]:
+    if "loss" not in values:
+        return []
+    names = list(values)
+    terms = [f"{name} {values[name]:.3f}" for name in names[: names.index("loss")]]
+    return [f"loss {values['loss']:.3f}" + (f" ({' '.join(terms)})" if terms else "")]
 
 
 def jsonl_sink(path: Path, *, start_step: int = 0) -> MetricSink:

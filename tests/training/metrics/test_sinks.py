@@ -26,17 +26,20 @@ from tests.helpers import file_size_limit
 
 def test_console_line(capsys: pytest.CaptureFixture[str]) -> None:
     values = {
-        "loss": 2.1341, "grad_norm": 0.412, "learning_rate": 4.9e-4, "pairs_per_second": 31234.0, "mfu": 0.412,
-        "data_seconds": 0.0021, "memory_gib": 61.2, "eta_seconds": 3725.0, "itc": 1.0,
+        "itc": 1.0214, "intra": 0.31, "entropy": 0.02, "loss": 2.1341, "logit_scale": 14.286, "positive_share": 0.0612,
+        "grad_norm": 0.412, "grad_norm/decoder": 0.3, "learning_rate": 4.9e-4, "pairs_per_second": 31234.0,
+        "mfu": 0.412, "data_seconds": 0.0021, "memory_gib": 61.2, "eta_seconds": 3725.0, "skipped_steps": 2,
     }  # fmt: skip
     sink = console_sink(20000)
     sink(1200, values)
     assert capsys.readouterr().out == (
-        "step 1200/20000 | loss 2.134 | grad 0.41 | lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | mem 61 GiB | "
-        "eta 1h02m\n"
+        "step 1200/20000 | loss 2.134 (itc 1.021 intra 0.310 entropy 0.020) | scale 14.3 | positive 6% | grad 0.41 | "
+        "lr 4.9e-4 | 31.2k pairs/s | mfu 41% | data 2 ms | mem 61 GiB | eta 1h02m | skipped 2\n"
     )
     sink(1, {"loss": 1.0, "memory_gib": 0.84, "eta_seconds": 61.0})
     assert capsys.readouterr().out == "step 1/20000 | loss 1.000 | mem 0.8 GiB | eta 1m01s\n"
+    sink(2, {"itc": 0.5, "grad_norm": 0.1, "eta_seconds": 0.0})  # a skipped step has no loss
+    assert capsys.readouterr().out == "step 2/20000 | grad 0.10 | eta 0s\n"
 
 
 @pytest.mark.parametrize(("value", "text"), [(31234, "31.2k"), (87.4, "87"), (4.25, "4.2")])
