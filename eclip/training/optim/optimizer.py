@@ -4,16 +4,25 @@ import torch
 from torch import Tensor, nn
 
 from eclip.config import OptimConfig, RunConfig
+from eclip.setting_rules import require
 from eclip.training.optim.apex_adam import ApexAdam, check_apex
 from eclip.training.optim.groups import param_groups
 from eclip.training.optim.muon import MuonAdamW
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """Raise ValueError when the optimizer that the settings name cannot work on this machine."""
-    name = config.optim.optimizer
-    if name != "adamw" and config.compute.cpu_offload:
-        raise ValueError(f"--optimizer {name} with --cpu-offload: it works on a GPU; use --optimizer adamw")
+    """Raise ValueError when the optimizer cannot work on this machine, or a setting of it would do nothing."""
+    optim, name = config.optim, config.optim.optimizer
+    require(
+        name == "adamw" or not config.compute.cpu_offload,
+        f"--optimizer {name} with --cpu-offload: it works on a GPU; use --optimizer adamw",
+    )
+    locked = config.lock_image and config.lock_text and not config.unlock_last
+    require(
+        optim.layer_decay == 1 or not locked,
+        f"--layer-decay {optim.layer_decay} with --lock-image and --lock-text: no block of a tower learns; leave it "
+        f"out, or give --unlock-last",
+    )
     if name == "apex_adam":
         check_apex()
 

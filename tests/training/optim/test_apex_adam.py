@@ -12,7 +12,7 @@ from eclip.config import OptimConfig
 from eclip.model.eclip import ECLIP
 from eclip.presets import PRESETS
 from eclip.training.optim import build_optimizer, check_optimizer, set_learning_rate
-from eclip.training.optim.apex_adam import ApexAdam
+from eclip.training.optim.apex_adam import ApexAdam, check_apex
 from tests.training.optim import apex_stand_in
 from tests.training.run_folders import assert_refused, make_config
 
@@ -68,6 +68,26 @@ def test_storage_is_shared_and_gradients_stay_where_they_are(monkeypatch: pytest
     assert not torch.equal(layer.weight, before)
     optimizer.zero_grad()
     optimizer.step()  # nothing has a gradient
+
+
+@pytest.mark.gpu
+def test_nvidias_own_takes_adamws_steps() -> None:
+    try:
+        check_apex()
+    except ValueError as error:
+        pytest.skip(str(error))
+    layers = []
+    for kind in ("adamw", "apex_adam"):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(300, 70), nn.Linear(70, 1)).cuda()
+        optimizer = build_optimizer(layer, OptimConfig(optimizer=kind, **SETTINGS))
+        for _ in range(5):
+            for p in layer.parameters():
+                p.grad = torch.randn(p.shape).cuda()
+            optimizer.step()
+        layers.append(layer)
+    for p, q in zip(*(layer.parameters() for layer in layers), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
 
 
 def _refuse(*args: object, **options: object) -> None:
