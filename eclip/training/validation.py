@@ -1,11 +1,12 @@
 """The loss of the val split while a run trains: L_itc, the mean over batches that are always the same.
 
 The products of the split are taken once, in batches of one size that depends on their number alone; pairs and crops are
-those of a fixed seed. So the numbers of a run, of a resumed one and of one on other ranks can be compared. Rank r of W
-takes the batches r, r + W, ...; a rank without one in the last round encodes products that do not count, because FSDP
-gathers parameters on all ranks together. Batches go through the towers, also where a run trains from cached features:
-a product costs one forward pass of each tower and the decoding of its pair of images, a fifth of its step or less.
-Training's order, random numbers and weights are not touched.
+those of a fixed seed. So the numbers of a run, of a resumed one and of one on other ranks can be compared. To the
+loader the split is one step, and a batch a part of it: rank r has the parts from r * K on. A rank that runs out of
+batches encodes products that do not count, because FSDP gathers parameters on all ranks together.
+
+Batches go through the towers, also where a run trains from cached features: a product costs one forward pass of each
+tower and the decoding of its pair of images. Training's order, random numbers and weights are not touched.
 """
 
 import math
@@ -63,10 +64,12 @@ class Validation:
         """Of the split. Fewer products than there are batches are left out, so that all are of one size."""
         self.batch_size = index.num_products // self.batches
         self.rounds = -(-self.batches // ranks.world_size)
+        """Batches of a rank: K."""
         self._loader = ProductLoader(
             index,
             tokenizer,
-            global_batch_size=self.batch_size * ranks.world_size,
+            global_batch_size=self.batch_size * self.rounds * ranks.world_size,
+            micro_batch=self.batch_size,
             image_size=config.model.image_size,
             seed=0,
             rank=ranks.rank,
@@ -85,10 +88,10 @@ class Validation:
         self._loader.load_state_dict(self._begin)
         mine: dict[int, float] = {}
         with closing(iter(self._loader)) as batches, torch.no_grad():  # type: ignore[type-var]  # a generator
-            for round_ in range(self.rounds):
+            for _ in range(self.rounds):
                 batch = next(batches)
                 loss = call("validate", batch.map(lambda tensor: tensor.to(self.ranks.device)))
-                mine[round_ * self.ranks.world_size + self.ranks.rank] = loss.item()
+                mine[self.ranks.rank * self.rounds + batch.part] = loss.item()
         _reshard(call)
         found = {number: loss for part in self.ranks.gather(mine) for number, loss in part.items()}
         return math.fsum(found[number] for number in range(self.batches)) / self.batches

@@ -152,6 +152,6 @@ def prepare(
             raise ValueError("no val-000000.tar")
         return val if split == "val" else test
 
-    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device: (Colours(), config, Words()))
+    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device, **which: (Colours(), config, Words()))
     monkeypatch.setattr(inputs_module, "ShardIndex", SimpleNamespace(open=open_split))
     return tmp_path
