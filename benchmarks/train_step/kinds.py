@@ -19,7 +19,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|attention|cudnn_generated_fort_native_sdpa"),
     ("GEMM", r"gemm|cutlass|nvjet|xmma|cublas|splitk|::(add)?mm\b|::(b|badd)bmm\b|::bmm\b|::linear|conv"),
     ("norm", r"layer_?norm|GammaBeta"),
-    ("copies", r"memcpy|memset|direct_copy|::copy_|::_?to_copy|::contiguous|CatArrayBatchedCopy|::cat\b"),
+    ("casts and layouts", r"direct_copy|float16_copy|::copy_|::_?to_copy|::contiguous|::clone"),
+    ("copies", r"memcpy|memset|CatArrayBatchedCopy|::cat\b"),
     ("indexing", r"index|gather|scatter|embedding|sort|compact|nonzero"),
 )
 """Kind and what a name has in it; the first counts. All else is ELEMENTWISE."""
