@@ -58,17 +58,16 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.trai
             watch = find_ranks(timeout=config.rank_timeout_seconds, stop=stop)
             ranks = start_ranks(watch)
             done = train(config, ranks, stop=stop)
-            part(ranks)
-            watch = None  # from here on rank 0 is alone
-            if stop.signum is not None and not done:
-                return stopped_status(stop.signum)
-            if config.evaluate and ranks.is_main:
+            if done and config.evaluate:
                 again = f"python -m eclip.evaluate --checkpoint {config.run_dir}"
                 unfinished = f"the run is complete, its evaluation is not; repeat that with {again}"
                 with stop.interrupting():
-                    from .evaluate.run import evaluate_run
+                    from .evaluate.together import evaluate_together
 
-                    evaluate_run(config.run_dir, ranks.device)
+                    evaluate_together(config.run_dir, ranks)
+            part(ranks)
+            if stop.signum is not None and not done:
+                return stopped_status(stop.signum)
         except BaseException as error:
             with stop.noted():
                 return conclude(error, watch, stop, told=(ValueError, OSError, NonFiniteLoss), stopped=unfinished)

@@ -4,6 +4,7 @@ The way of an evaluation:
     __main__.py    flags -> evaluate_run; errors as one line
     run.py         opens the run, orders the tasks, writes RUN/evaluation.json and RUN/grounding.png
     inputs.py      what it is given, checked first: numbers, device, catalogue
+    together.py    the evaluation at the end of a run: every rank encodes for rank 0
     extraction.py  one pass over the images -> features.py; how they are embedded is the objective's to say
     evaluator.py   what each task gets: Evaluator (a loaded run, how to run it) and Split (its features and facts)
     tasks/         what is measured, one task a file; its tools are metrics.py (rankings) and boxes.py (geometry)

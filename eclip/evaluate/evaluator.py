@@ -12,12 +12,13 @@ from eclip.config import RunConfig
 from eclip.dataloading.schema import ImageRecord, Product
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.evaluate.extraction import extract_features
+from eclip.evaluate.extraction import encode_batches, extract_features
 from eclip.evaluate.features import Features
 from eclip.evaluate.inputs import Catalogue
 from eclip.evaluate.report.sheet import Overlay
 from eclip.evaluate.report.tables import Table
 from eclip.model.eclip import ECLIP
+from eclip.parallel.ranks import ALONE, Ranks
 from eclip.training.feature_cache.cache import FeatureCache
 from eclip.training.feature_cache.file import CannotStore
 
@@ -55,6 +56,15 @@ class Split:
         return np.array([bool(product.attributes.get("unseen_type")) for product in self.products()])
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What rank 0 asks the others to encode with it."""
+
+    split: str
+    rows: NDArray[np.int64]
+    batch_size: int
+
+
 @dataclass(kw_only=True)
 class Evaluator:
     """A loaded model and how to run it."""
@@ -72,6 +82,8 @@ class Evaluator:
     cache_is_wanted: bool = False
     """The user named cache_dir: it is an error when it cannot be written, else the outputs are computed each time."""
     progress: bool = True
+    ranks: Ranks = ALONE
+    """Rank 0, and the others that help it (together.py)."""
 
     def split(self, name: str, index: ShardIndex, limit: int | None) -> Split:
         """Compute the features of an opened split, or of `limit` of its products; tell which images are left out."""
@@ -83,6 +95,8 @@ class Evaluator:
 
     def features(self, index: ShardIndex, rows: NDArray[np.int64], label: str) -> tuple[Features, list[str]]:
         """`extract_features` of these rows, from the cache where there is one."""
+        if self.ranks.world_size > 1:
+            self.ranks.from_main(lambda: Wanted(index.split, rows, self.batch_size))
         return extract_features(
             self.model,
             index,
@@ -94,6 +108,24 @@ class Evaluator:
             cache=self._open_cache(index),
             progress=self.progress,
             label=label,
+            ranks=self.ranks,
+        )
+
+    def help(self, wanted: Wanted) -> None:
+        """A rank's share of `features`, called on rank 0."""
+        index = self.catalogue.open(wanted.split)
+        encode_batches(
+            self.model,
+            index,
+            self.tokenizer,
+            self.config,
+            wanted.rows,
+            device=self.device,
+            batch_size=wanted.batch_size,
+            cache=self._open_cache(index),
+            progress=False,
+            label="",
+            ranks=self.ranks,
         )
 
     def _open_cache(self, index: ShardIndex) -> FeatureCache | None:

@@ -1,11 +1,14 @@
 """Features of a split's images in one pass, and of any texts: computed once, before the tasks.
 
-What an image's embeddings and maps are is the objective's to say: `Objective.embed`.
+What an image's embeddings and maps are is the objective's to say: `Objective.embed`. Several ranks take the batches in
+turn, texts too (together.py); a batch is the same whoever takes it.
 
 Letters: m images of a batch, S side of the square image, D embedding width.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,28 +25,52 @@ from eclip.dataloading.text import WordPiece
 from eclip.evaluate.features import Features
 from eclip.model.eclip import ECLIP
 from eclip.objectives.objective import make_objective
+from eclip.parallel.ranks import ALONE, Ranks
 from eclip.training.feature_cache.cache import FeatureCache
+
+T = TypeVar("T")
 
 _SHOWN = 5  # names in a message
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What became of some of the rows."""
+
+    places: NDArray[np.int64]
+    """(m,) of the rows that could be decoded, among those asked for."""
+    found: dict[str, Tensor]
+    """(m, ...) float32 on the CPU by name; empty when m is 0."""
+    corrupt: list[str]
+    """One "key: reason" for each of the others."""
+
+
 @torch.inference_mode()
 def encode_texts(
-    model: ECLIP, tokenizer: WordPiece, texts: Sequence[str], *, max_tokens: int, device: torch.device, chunk: int = 256
+    model: ECLIP,
+    tokenizer: WordPiece,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    device: torch.device,
+    chunk: int = 256,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """g_T features of any texts, NOT normalised: (len(texts), D) float32 on `device`.
+    """g_T features of any texts, NOT normalised: (len(texts), D) float32 on `device`, on every rank.
 
     Raises ValueError naming texts whose features are not finite.
     """
-    parts = []
-    for start in range(0, len(texts), chunk):
+    parts: list[Tensor] = []
+    for number in ranks.share(-(-len(texts) // chunk)):
+        start = number * chunk
         tokens, cu_seqlens = tokenizer.encode(list(texts[start : start + chunk]), max_tokens)
         parts.append(model.encode_text(tokens.to(device), cu_seqlens.to(device)).float())
         _require_finite(parts[-1:], [repr(text) for text in texts[start : start + chunk]], "texts")
+    if ranks.world_size > 1:
+        parts = [part.to(device) for part in _in_turn(ranks.gather([part.cpu() for part in parts]))]
     return torch.cat(parts)
 
 
-@torch.inference_mode()
 def extract_features(
     model: ECLIP,
     index: ShardIndex,
@@ -56,44 +83,96 @@ def extract_features(
     cache: FeatureCache | None = None,
     progress: bool = True,
     label: str = "features",
+    ranks: Ranks = ALONE,
 ) -> tuple[Features, list[str]]:
     """Compute the features of `rows`, batch_size images at a time; results are kept on the CPU.
 
     Returns them and one "key: reason" for each image that could not be decoded; those rows are left out. With a
-    `cache` the image tower's outputs are read from it and no image is decoded. Raises ValueError if nothing is left,
-    and for features that are NaN or infinite, naming images: they would rank first everywhere.
+    `cache` the image tower's outputs are read from it and no image is decoded. Of several `ranks` this is rank 0, and
+    the others call `encode_batches` with the same arguments. Raises ValueError if nothing is left, and for features
+    that are NaN or infinite, naming images: they would rank first everywhere.
     """
-    _, first, title_of = np.unique(index.title_ids[rows], return_index=True, return_inverse=True)
-    titles = [index.title(int(rows[i])) for i in first]
-    texts = encode_texts(model, tokenizer, titles, max_tokens=config.data.max_tokens, device=device)
-
-    objective = make_objective(config.objective)
-    parts: dict[str, list[Tensor]] = {}
-    kept: list[NDArray[np.int64]] = []
-    corrupt: list[str] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc=label, unit="batch", disable=not progress):
-        places = np.arange(start, min(start + batch_size, len(rows)))
-        if cache is not None:
-            places = places[_not_corrupt(cache, index, rows[places], corrupt)]
-            tower = cache.tower_outputs(rows[places]).to(device) if len(places) else None
-        else:
-            good, images = _decode(index, rows[places], config.model.image_size, corrupt)
-            places = places[good]
-            tower = model.image_tower(images.to(device)) if len(places) else None
-        if tower is None:
-            continue
-        text = texts[torch.from_numpy(title_of[places]).to(device)]
-        embedded = objective.embed(model, model.project_image(tower), text)
-        found = {name: value.float().cpu() for name, value in embedded.items()}
-        if not kept and not any(value.isfinite().any() for value in found.values()):
-            # All of the first batch: the rest need not be waited for.
-            _require_finite(found.values(), [index.image_key(int(row)) for row in rows[places]], "images")
-        kept.append(places)
-        for name, value in found.items():
-            parts.setdefault(name, []).append(value)
+    batches = encode_batches(
+        model,
+        index,
+        tokenizer,
+        config,
+        rows,
+        device=device,
+        batch_size=batch_size,
+        cache=cache,
+        progress=progress,
+        label=label,
+        ranks=ranks,
+    )
+    assert batches is not None, "rank 0 has those of all"
+    corrupt = [line for batch in batches for line in batch.corrupt]
+    kept = [batch for batch in batches if len(batch.places)]
     if not kept:
         raise ValueError(f"none of the {len(rows)} images could be decoded; the first: {''.join(corrupt[:1])}")
-    return _join(index, rows[np.concatenate(kept)], parts), corrupt
+    parts = {name: [batch.found[name] for batch in kept] for name in kept[0].found}
+    return _join(index, rows[np.concatenate([batch.places for batch in kept])], parts), corrupt
+
+
+@torch.inference_mode()
+def encode_batches(
+    model: ECLIP,
+    index: ShardIndex,
+    tokenizer: WordPiece,
+    config: RunConfig,
+    rows: NDArray[np.int64],
+    *,
+    device: torch.device,
+    batch_size: int,
+    cache: FeatureCache | None,
+    progress: bool,
+    label: str,
+    ranks: Ranks,
+) -> list[EncodedBatch] | None:
+    """Encode this rank's share of the batches of `rows`; on rank 0 those of all ranks, in order, else None."""
+    _, first, title_of = np.unique(index.title_ids[rows], return_index=True, return_inverse=True)
+    titles = [index.title(int(row)) for row in rows[first]]
+    texts = encode_texts(model, tokenizer, titles, max_tokens=config.data.max_tokens, device=device, ranks=ranks)
+    objective, mine = make_objective(config.objective), list[EncodedBatch]()
+    count = -(-len(rows) // batch_size)
+    for number in tqdm(ranks.share(count), desc=label, unit="batch", disable=not progress):
+        places = np.arange(number * batch_size, min((number + 1) * batch_size, len(rows)))
+        places, tower, corrupt = _towers(model, index, config, rows, places, cache, device)
+        found: dict[str, Tensor] = {}
+        if tower is not None:
+            text = texts[torch.from_numpy(title_of[places]).to(device)]
+            embedded = objective.embed(model, model.project_image(tower), text)
+            found = {name: value.float().cpu() for name, value in embedded.items()}
+            if not any(batch.found for batch in mine) and not any(value.isfinite().any() for value in found.values()):
+                # All of the first batch: the rest need not be waited for.
+                _require_finite(found.values(), [index.image_key(int(row)) for row in rows[places]], "images")
+        mine.append(EncodedBatch(places, found, corrupt))
+    shares = ranks.gather_to_main(mine)
+    return None if shares is None else _in_turn(shares)
+
+
+def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Pieces of work in order, from those that each rank did (`Ranks.share`)."""
+    count = sum(len(share) for share in shares)
+    return [shares[number % len(shares)][number // len(shares)] for number in range(count)]
+
+
+def _towers(
+    model: ECLIP,
+    index: ShardIndex,
+    config: RunConfig,
+    rows: NDArray[np.int64],
+    places: NDArray[np.int64],
+    cache: FeatureCache | None,
+    device: torch.device,
+) -> tuple[NDArray[np.int64], Tensor | None, list[str]]:
+    """The image tower's output for the decodable of rows[places], which they are, and what is said of the others."""
+    corrupt: list[str] = []
+    if cache is not None:
+        places = places[_not_corrupt(cache, index, rows[places], corrupt)]
+        return places, cache.tower_outputs(rows[places]).to(device) if len(places) else None, corrupt
+    good, images = _decode(index, rows[places], config.model.image_size, corrupt)
+    return places[good], model.image_tower(images.to(device)) if good.any() else None, corrupt
 
 
 def _not_corrupt(

@@ -26,7 +26,7 @@ from eclip.evaluate.tasks import (
 )
 from eclip.files import replace_text, writing
 from eclip.objectives.objective import make_objective
-from eclip.parallel.ranks import Ranks
+from eclip.parallel.ranks import ALONE, Ranks
 from eclip.training.checkpoint import Weights, Which, load_run
 from eclip.training.feature_cache.cache import cache_folder
 
@@ -66,7 +66,7 @@ def evaluate_run(
     progress: bool = True,
     which: Which = "newest",
     weights: Weights = "model",
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of `run_dir` on a split; print the tables.
 
@@ -102,7 +102,7 @@ def evaluate_run(
         cache_dir=cache_folder(config) if cache_dir is None and config.cache_features else cache_dir,
         cache_is_wanted=cache_dir is not None,
         progress=progress,
-        **({} if ranks is None else {"ranks": ranks}),
+        ranks=ranks,
     )
     given = evaluator.split(split, index, limit)
     answers = run_tasks(evaluator, given)

@@ -94,6 +94,18 @@ class Ranks:
         dist.all_gather_object(items, item, group=self.host_group)
         return cast(list[T], items)
 
+    def gather_to_main(self, item: T) -> list[T] | None:
+        """`item` (pickled) of every rank, in rank order, on rank 0; None on the others."""
+        if self.host_group is None:
+            return [item]
+        items: list[T | None] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(item, items, dst=0, group=self.host_group)
+        return cast(list[T] | None, items)
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work, 0 to count-1, are this rank's: every world_size-th."""
+        return range(self.rank, count, self.world_size)
+
     def highest(self, value: int) -> int:
         """The largest `value` of any rank, by the host group: nobody waits for what the device has still to do.
 
@@ -116,6 +128,10 @@ class Ranks:
             dist.all_reduce(values, group=self.group)
             values /= self.world_size
         return values
+
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+"""A process without others, on the CPU or where its caller says."""
 
 
 def find_ranks(*, timeout: float, stop: StopSignals | None = None) -> Watch | None:

@@ -44,8 +44,8 @@ def spread(
         _say_idle(settings, ranks, "one process has nothing to shard")
         return root
     if settings.shard == "none":
-        # What is locked, the momentum model too, has no gradient to average; buffers never change. Every other parameter
-        # is used by each backward pass: a loss of weight 0 still has a gradient, of zeros.
+        # What is locked, the momentum model too, has no gradient to average; buffers never change. Each backward pass
+        # uses every other parameter: a loss of weight 0 has a gradient still, of zeros.
         return DistributedDataParallel(
             root, process_group=ranks.group, broadcast_buffers=False, gradient_as_bucket_view=True
         )

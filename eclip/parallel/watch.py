@@ -88,17 +88,29 @@ class Watch:
         self._wake.set()
 
     def stop_agreed(self, *, wait: float) -> bool:
-        """Whether every rank knows, within `wait` seconds, that the run is to stop."""
+        """Whether every rank knows, within `wait` seconds, that the run is to stop.
+
+        The store may go with rank 0, which therefore waits as long again until the others have read it there.
+        """
+        try:
+            if not self._all_have("stopping", wait):
+                return False
+            self._mine.set(f"agreed/{self.rank}", "")
+            if self.rank == 0:
+                self._all_have("agreed", wait)
+        except RuntimeError:
+            return False
+        return True
+
+    def _all_have(self, what: str, wait: float) -> bool:
+        """Whether every rank has set this key of its within `wait` seconds. Raises RuntimeError without a store."""
         deadline = time.monotonic() + wait
-        keys = [f"stopping/{rank}" for rank in range(len(self.members))]
-        while time.monotonic() < deadline:
-            try:
-                if self._mine.check(keys):
-                    return True
-            except RuntimeError:
+        keys = [f"{what}/{rank}" for rank in range(len(self.members))]
+        while not self._mine.check(keys):
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
-        return False
+        return True
 
     def silent(self, *, wait: float) -> list[int]:
         """Ranks that give no sign of life for `wait` seconds; [] too when the store cannot tell."""
