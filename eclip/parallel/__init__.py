@@ -3,7 +3,9 @@
     torchrun.py     what a launcher says of its place, and what torchrun wants from it
     rendezvous.py   meets the others through a store of their own
     ranks.py        device, threads and process groups: `Ranks`, what the rest of the program knows of the others
-    sharding.py     FSDP2 over the model; gather.py: rows of all ranks, all that objectives ask for
+    sharding.py     a step over ranks: DDP, FSDP2, or FSDP2 inside machines; settings.py: the flags of this and of
+                    what is done to the model from outside before: recompute.py (checkpointing), then compiling.py
+    gather.py       rows of all ranks: all that objectives ask for
     signals.py      stop signals: noted in the loop, raised elsewhere
     watch.py        signs of life, failures and stops of the others, outside collectives
     ending.py       one line, by one rank, and the exit status
