@@ -27,7 +27,7 @@ def test_corrupt_image_is_left_out_and_named(
 def _refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Colours) -> str:
     run = prepare(tmp_path, monkeypatch, Catalogue(), Catalogue())
     kept = run_module.load_run(run, "cpu")
-    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device: (model, *kept[1:]))
+    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device, **which: (model, *kept[1:]))
     with pytest.raises(ValueError) as refusal:
         evaluate_run(run, batch_size=5, progress=False)
     assert not (run / "evaluation.json").exists() and not (run / "grounding.png").exists()
