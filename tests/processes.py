@@ -55,6 +55,10 @@ class Processes:
         return self.start([*launcher, *args])
 
     @property
+    def seconds_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    @property
     def output(self) -> str:
         return Path(self._log.name).read_text(errors="replace")
 
