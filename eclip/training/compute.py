@@ -9,6 +9,7 @@ from torch import nn
 
 from eclip.config import RunConfig
 from eclip.model.text_encoder import set_text_attention
+from eclip.parallel.compiling import compile_blocks
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.recompute import checkpoint_activations
 from eclip.parallel.sharding import spread
@@ -18,15 +19,20 @@ from eclip.training.step import TrainStep, use_bf16
 def apply_compute(module: TrainStep, config: RunConfig, ranks: Ranks) -> tuple[nn.Module, str]:
     """Make a step compute as `config.compute` says. Returns what its ranks call instead of it, and a line about it.
 
-    Raises ValueError for text attention that does not work on the device, and where `hybrid` cannot tell machines apart.
+    Raises ValueError for text attention that does not work on the device, and where `hybrid` cannot tell machines
+    apart.
     """
     compute, bf16 = config.compute, use_bf16(config, ranks)
     kernel = set_text_attention(module, compute.text_attention, ranks.device, torch.bfloat16 if bf16 else torch.float32)
     checkpoint_activations(module, compute.activation_checkpointing)
+    if compute.compile:
+        compile_blocks(module)
     called = spread(module, ranks, compute, block_dtype=torch.bfloat16 if bf16 else None)
     facts = [f"text attention {kernel}"]
     if compute.activation_checkpointing != "none":
         facts.append(f"activation checkpointing {compute.activation_checkpointing}")
+    if compute.compile:
+        facts.append("blocks compiled")
     if ranks.world_size > 1:
         facts.append(f"shard {compute.shard}")
     return called, ", ".join(facts)
