@@ -141,7 +141,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     validate_every: int = 0
-    """Steps between losses of the val split; the checkpoint with the lowest is kept as well. 0: never."""
+    """Steps between losses of the val split, and one at the end; a step with the lowest so far is saved, and the best
+    checkpoint kept beside the newest. 0: never."""
     async_checkpoints: bool = False
     """Write checkpoints in the background, from a copy in host memory, while training goes on."""
     max_nonfinite_steps: int = 10

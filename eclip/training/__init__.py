@@ -7,6 +7,7 @@
     step.py         a batch to its losses, as the one module that FSDP shards
     finite.py       ends the run before a step that is not a number
     metrics/        takes the numbers of a step to the console and to files
+    validation.py   the loss of the val split, between steps
     checkpoint/     the run folder, what is saved there, how it is loaded and what a resume may change
 
 How ranks meet, watch each other and are told to stop is in parallel/.

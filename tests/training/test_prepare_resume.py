@@ -199,3 +199,14 @@ def test_an_older_checkpoint_that_does_not_say_where_the_data_stood(data_dir: Pa
     (list_checkpoints(run_dir)[-1] / "state.json").write_text('{"step": 2, "world_size": 1}')
     words = "state.json: does not say where the data stood; .*the checkpoint before"
     assert_refused(make_config(data_dir, run_dir, resume=True, steps=3), words)
+
+
+def test_what_skipped_steps_left_survives_a_resume_and_goes_with_the_run(run_dir: Path, data_dir: Path) -> None:
+    """A resumed run meets the same batches again."""
+    left = [run_dir / f"nonfinite_step2_rank{rank}.json" for rank in (0, 1)]
+    for path in left:
+        path.write_text("{}")
+    assert train(make_config(data_dir, run_dir, steps=3, resume=True), ALONE)
+    assert all(path.read_text() == "{}" for path in left)
+    assert train(make_config(data_dir, run_dir, steps=1, overwrite=True), ALONE)
+    assert not any(path.exists() for path in left)
