@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .images import CorruptImageError, check_pixels, open_image, plain, plain_bytes
-from .pipeline import PREFETCH, Bad, BatchSource, decode_crop, decode_square
+from .pipeline import PREFETCH, Bad, BatchSource, Reads, decode_crop, decode_square
 from .sampling import Rows
 from .schema import Batch
 
@@ -92,6 +92,7 @@ class DaliPipeline:
     def __init__(self, source: BatchSource, *, first: int, num_threads: int):
         self.source, self.parts = source, source.sampler.parts
         self.number, self.num_threads = first, num_threads
+        self.reads = Reads(source.index)
         self._parse = _size_parser()
         self._quarantine: dict[int, str] = {}  # row to reason
         self._plans: dict[int, tuple[Rows, Bad]] = {}  # by batch number
@@ -101,9 +102,10 @@ class DaliPipeline:
     def _start(self) -> None:
         """Build a pipeline whose first batch is number `self.number`."""
         self._plans.clear()
+        self._failure: Exception | None = None
         first, gpu = self.number, torch.cuda.is_available()
         self._pipe: Pipeline | None = _build(
-            lambda batch_index: self._feed(first + batch_index),
+            lambda batch_index: self._feed_or_end(first + batch_index),
             self.source.image_size,
             batch_size=self.parts.most_rows * 2,
             num_threads=self.num_threads,
@@ -126,7 +128,7 @@ class DaliPipeline:
         """An image's bytes, crop box and mirroring. Raises CorruptImageError."""
         if row in self._quarantine:
             raise CorruptImageError(self._quarantine[row])
-        data, side = self.source.index.read_image(row), self.source.image_size
+        data, side = self.reads(row), self.source.image_size
         try:
             size = self._size(data)
             box, flip = self.source.box(draws, *(size or open_image(data).size))
@@ -147,9 +149,21 @@ class DaliPipeline:
         corners = np.ascontiguousarray(boxes[:, :2])
         return [data for data, _, _ in ready], corners, boxes[:, 2:] - corners, flips
 
+    def _feed_or_end(self, number: int) -> tuple[Any, ...]:
+        """DALI asks for batches ahead: an error waits until those before it were given, for DALI sees the end."""
+        try:
+            return self._feed(number)
+        except Exception as error:
+            self._failure = error
+            raise StopIteration from None
+
     def _run(self) -> Tensor:
         assert self._pipe is not None
-        (output,) = self._pipe.run()
+        try:
+            (output,) = self._pipe.run()
+        except StopIteration:
+            assert self._failure is not None
+            raise self._failure from None
         if self._copies is None:
             return torch.from_numpy(np.array(output.as_array()))  # DALI uses its memory again
         # The copy must be done before DALI goes on, and must not wait for the training step queued on the main stream.
@@ -161,7 +175,7 @@ class DaliPipeline:
 
     def _dali_refuses(self, row: int) -> str:
         """Why DALI cannot decode an image alone, on the CPU; empty if it can."""
-        data = self.source.index.read_image(row)
+        data = self.reads(row)
         if (size := self._size(data)) is None:
             return ""  # Pillow decodes it
         shape = np.array([size], np.int32)
@@ -179,7 +193,7 @@ class DaliPipeline:
         planned = sorted({int(row) for rows, _ in self._plans.values() for row in rows.ravel()})
         for row in planned:
             try:
-                decode_square(self.source.index.read_image(row), self.source.image_size)
+                decode_square(self.reads(row), self.source.image_size)
             except CorruptImageError as error:
                 self._quarantine[row] = str(error)
         if len(self._quarantine) == before:  # Pillow decodes all of them: ask DALI, one by one

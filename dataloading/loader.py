@@ -17,7 +17,7 @@ import torch
 from .errors import DataError
 from .needs import Needs, loader_needs
 from .parts import Parts
-from .pipeline import Bad, BatchSource
+from .pipeline import PREFETCH, Bad, BatchSource, Reads
 from .sampling import Sampler
 from .schedule import BatchSchedule
 from .schema import Batch
@@ -37,19 +37,29 @@ class _Pipeline(Protocol):
     def close(self) -> None: ...
 
 
-class _InTime:
-    """A pipeline that works in this process, in a thread of it: so a call that hangs is named after a while."""
+class _Reading(_Pipeline, Protocol):
+    reads: Reads
 
-    def __init__(self, pipeline: _Pipeline, source: BatchSource, first: int, stall_seconds: float):
+
+class _InTime:
+    """A pipeline that works in this process, in a thread of it that is PREFETCH batches ahead.
+
+    So reading and decoding go on beside the training step, and a call that hangs is named after a while.
+    """
+
+    def __init__(self, pipeline: _Reading, source: BatchSource, first: int, stall_seconds: float):
         self._number, self._seconds = first, stall_seconds
         self._name, self._data_dir = source.sampler.parts.name, source.index.data_dir
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._pipeline = pipeline
         self._beside = Beside(
             pipeline.__next__,
+            ahead=PREFETCH,
             what=self._stalled,
             stall_seconds=stall_seconds,
             setup=lambda: None if device is None else torch.cuda.set_device(device),
+            teardown=pipeline.close,
+            stop=pipeline.reads.stop,
+            hangs=pipeline.reads.hang,
         )
 
     def _stalled(self) -> str:
@@ -66,7 +76,6 @@ class _InTime:
 
     def close(self) -> None:
         self._beside.close()
-        self._pipeline.close()
 
 
 def choose_decoder(decoder: Decoder) -> Literal["dali", "torch", "none"]:

@@ -8,6 +8,7 @@ images/decode.py says an image has: those that packing would store.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch, count_titles
+from .shards import ShardIndex
 from .text import WordPiece
 
 T = TypeVar("T")
@@ -29,6 +31,7 @@ Bad = dict[str, str]
 # Bicubic, antialiased: what the published image towers were trained and evaluated with.
 _FILTER = Image.Resampling.BICUBIC
 PREFETCH = 2  # batches ready ahead, for each worker
+_LONG_READ = 2.0  # seconds
 
 
 def _resized(opened: OpenedImage, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
@@ -72,6 +75,37 @@ def image_bytes(size: int) -> int:
 def image_memory(rows: int, size: int) -> Tensor:
     """(rows, 2, 3, size, size) uint8 for the images of a batch: pinned where there is a GPU that copies from it."""
     return torch.empty(rows, 2, 3, size, size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+class Stopped(Exception):
+    """Nobody wants the batch any more."""
+
+
+class Reads:
+    """Reads images for a thread, which another one may stop, and see waiting for a store that does not answer."""
+
+    def __init__(self, index: ShardIndex):
+        self._index, self._stopped = index, False
+        self._begun: float | None = None
+
+    def __call__(self, row: int) -> bytes:
+        """The bytes of an image. Raises Stopped, and what the index raises."""
+        if self._stopped:
+            raise Stopped
+        self._begun = time.monotonic()
+        try:
+            return self._index.read_image(row)
+        finally:
+            self._begun = None
+
+    def stop(self) -> None:
+        """Let no further read begin."""
+        self._stopped = True
+
+    def hang(self) -> bool:
+        """Whether one read has taken long enough to expect no end of it."""
+        begun = self._begun
+        return begun is not None and time.monotonic() - begun > _LONG_READ
 
 
 class BatchSource:
@@ -153,16 +187,16 @@ class BatchSource:
         """The batch of a part, nothing decoded."""
         return self.assemble(step, part, self.sampler.draw(step, part)[0], None)
 
-    def decoded(self, step: int, part: int, into: Tensor) -> tuple[Batch, Bad]:
+    def decoded(self, step: int, part: int, into: Tensor, read: Callable[[int], bytes]) -> tuple[Batch, Bad]:
         """The batch of a part, decoded with Pillow; and the images that could not be.
 
-        into: (B, 2, 3, S, S) uint8 on the CPU, the batch's `images` afterwards.
+        into: (B, 2, 3, S, S) uint8 on the CPU, the batch's `images` afterwards. read: the bytes of an image by its row.
         """
         drawn, draws = self.sampler.draw(step, part)
         images, size = into.numpy(), self.image_size
 
         def attempt(row: int, i: int, view: int) -> None:
-            data = self.index.read_image(row)
+            data = read(row)
             box, flip = self.box(draws[i, view], *open_image(data).size)
             images[i, view] = decode_crop(data, size, box, flip=flip)
 

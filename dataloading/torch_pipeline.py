@@ -5,7 +5,7 @@ import pickle
 
 import torch
 
-from .pipeline import PREFETCH, Bad, BatchSource, image_bytes, image_memory
+from .pipeline import PREFETCH, Bad, BatchSource, Reads, image_bytes, image_memory
 from .schema import Batch
 from .system.workers import Slot, Workers
 
@@ -32,7 +32,7 @@ class TorchPipeline:
     def _make(self, number: int, slot: Slot) -> bytes:
         parts = self.source.sampler.parts
         step, part = parts.place(number)
-        batch, bad = self.source.decoded(step, part, self._images(slot, parts.rows(step)))
+        batch, bad = self.source.decoded(step, part, self._images(slot, parts.rows(step)), self.source.index.read_image)
         rest = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "images"}
         arrays = {name: value.numpy() for name, value in rest.items() if isinstance(value, torch.Tensor)}
         return pickle.dumps((rest | arrays, list(arrays), bad), protocol=5)
@@ -58,6 +58,7 @@ class InPlace:
 
     def __init__(self, source: BatchSource, *, first: int, decoded: bool):
         self.source, self.number, self.decoded = source, first, decoded
+        self.reads = Reads(source.index)
 
     def __next__(self) -> tuple[Batch, Bad]:
         """The next batch and the undecodable images met in it."""
@@ -66,7 +67,7 @@ class InPlace:
         self.number += 1
         if not self.decoded:
             return source.without_images(step, part), {}
-        return source.decoded(step, part, image_memory(parts.rows(step), source.image_size))
+        return source.decoded(step, part, image_memory(parts.rows(step), source.image_size), self.reads)
 
     def close(self) -> None:
         """Nothing is held."""
