@@ -122,8 +122,8 @@ bench step_batches 120 benchmarks/train_step/bench_train_step.py -k 'test_large 
 bench step_parts 70 benchmarks/train_step/bench_train_step.py -k 'test_where or test_text or test_demo'
 }
 "${plan}_plan"
-prefix=()
-[ "$plan" = kernels ] || prefix=(--prefix "${plan}_")
+options=()
+[ "$plan" = kernels ] || options=(--prefix "${plan}_" --goals train_step)
 
-"$python" -m benchmarks.report --out "$out" "${prefix[@]}" --tests "${tests[@]}" -- "${reports[@]}" || code=1
+"$python" -m benchmarks.report --out "$out" "${options[@]}" --tests "${tests[@]}" -- "${reports[@]}" || code=1
 exit $code

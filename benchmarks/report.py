@@ -1,6 +1,7 @@
 """Turn pytest-benchmark's JSON files into one Markdown page and one JSON file.
 
-    python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] [--prefix x_] a.json b.json ...
+    python -m benchmarks.report --out benchmarks/results [--tests tests.xml ...] [--prefix x_] \\
+        [--goals slot_attention contrastive train_step] a.json b.json ...
 
 Writes <prefix><device>_<date>.md and .json, and with rows of the contrastive loss a plot of them (contrastive/plot.py).
 Goals come first (<op>/goals.py). A row is one benchmark, or one call of a race; `x eager` is the eager reference's
@@ -12,6 +13,7 @@ beside the JSON (a.xml beside a.json).
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from benchmarks.harness.table import table
 from benchmarks.slot_attention import goals as slot_attention_goals
 from benchmarks.train_step import goals as train_step_goals
 
+GOALS = {"slot_attention": slot_attention_goals, "contrastive": contrastive_goals, "train_step": train_step_goals}
 
-def judge(rows: list[Row], device: str) -> list[goals.Goal]:
-    """The goals of every op that can be judged on `device`."""
-    ops = (slot_attention_goals, contrastive_goals, train_step_goals)
-    return [goal for op in ops for goal in op.judge(rows, device)]
+
+def judge(rows: list[Row], device: str, ops: Iterable[str] = ("slot_attention", "contrastive")) -> list[goals.Goal]:
+    """The goals of `ops` (keys of GOALS) that can be judged on `device`, measured or not."""
+    return [goal for op in ops for goal in GOALS[op].judge(rows, device)]
 
 
 def page(
@@ -42,6 +45,7 @@ def page(
 ) -> str:
     """The whole Markdown page."""
     device = machine.get("device", "unknown device")
+    small = any("of_first" not in row for row in rows) or not rows
     lines = [f"# {device}, {machine.get('date', 'no date')}", ""]
     lines += [
         f"{machine.get('processor', 'unknown processor')}, {machine.get('threads', '?')} threads; torch "
@@ -51,7 +55,7 @@ def page(
     ]
     if judged:
         lines += ["## Goals", "", *goals.table(judged), ""]
-        lines += [goals.CPU_REMARK, ""] if device == "cpu" else []
+        lines += [goals.CPU_REMARK, ""] if device == "cpu" and small else []
     if roofline:
         lines += [
             f"Measured in the same sessions: copy {roofline['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matmul "
@@ -61,7 +65,7 @@ def page(
             "much a forward's results and graph grow the memory in use.",
             "",
         ]
-    else:
+    elif small:
         lines += ["On a CPU, small shapes: these rows show that the benchmarks run. No roofline is claimed.", ""]
     if any("of_first" in row for row in rows):
         lines += [
@@ -82,10 +86,11 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="files written by pytest --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder to write to")
     parser.add_argument("--prefix", default="", help="of the files' names")
+    parser.add_argument("--goals", nargs="+", choices=GOALS, default=["slot_attention", "contrastive"], help="of ops")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="JUnit files of the tests marked gpu")
     args = parser.parse_args()
     rows, machine, roofline, remarks = read(args.files)
-    judged = judge(rows, machine.get("device", "cpu"))
+    judged = judge(rows, machine.get("device", "cpu"), args.goals)
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.prefix + re.sub(
         r"[^A-Za-z0-9.-]+", "_", f"{machine.get('device', 'unknown')}_{machine.get('date', 'undated')}"

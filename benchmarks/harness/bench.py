@@ -37,6 +37,7 @@ row shows that the benchmark runs and nothing else, and says so.
 Every row lands in pytest-benchmark's `extra_info` (--benchmark-json); `python -m benchmarks.report` makes the tables.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -207,6 +208,8 @@ class Bench:
         fixed = {"op": op, "shape": shape, "dtype": dtype, "device": device, "timing": "in turns", **columns}
         rows = [{**fixed, **row} for row in race.rows()]
         self._benchmark.extra_info["rows"] = rows
+        load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+        self.remark(f"{op}: load average after the race {load} (1, 5, 15 minutes)")
         return rows
 
     def _on_cpu(self, call: Callable[[], Any], rounds: int | None) -> Any:

@@ -19,7 +19,9 @@ def test_rows_of_the_step_come_to_the_page(tmp_path: Path) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-k", CHOSEN, f"--benchmark-json={found}", "--benchmark-quiet"]
     measured = run("pytest", "benchmarks/train_step/bench_train_step.py", *options)
     assert measured.returncode == 0, measured.stdout + measured.stderr
-    written = run("benchmarks.report", "--prefix", "step_", "--out", str(tmp_path / "out"), str(found))
+    written = run(
+        "benchmarks.report", "--prefix", "step_", "--goals", "train_step", "--out", str(tmp_path / "out"), str(found)
+    )
     assert written.returncode == 0, written.stderr
     (page,) = (tmp_path / "out").glob("step_cpu_*.md")
     text = page.read_text()
