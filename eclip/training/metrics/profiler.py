@@ -7,6 +7,7 @@ The parts of a step have their names there (spans.py). The first steps are passe
 count FLOPs. Another start of the run, a resumed one too, writes both anew.
 """
 
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -36,6 +37,7 @@ class StepProfiler:
         self.written = False
 
     def _make(self) -> profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints when it starts and stops
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

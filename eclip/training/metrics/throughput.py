@@ -57,6 +57,13 @@ class Throughput:
         self._reported_at += time.perf_counter() - began
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of training, as the writing of a profile."""
+        began = time.perf_counter()
+        yield
+        self._apart_seconds += time.perf_counter() - began
+
+    @contextmanager
     def taking(self, step: int) -> Iterator[None]:
         """Around a step; `step` of them are done."""
         self._step = step

@@ -65,6 +65,15 @@ def test_a_first_step_alone_is_what_there_is_to_tell(clock: Clock) -> None:
     assert throughput.report(1)["pairs_per_second"] == pytest.approx(2.0)
 
 
+def test_a_pause_is_no_part_of_a_rate(clock: Clock) -> None:
+    throughput = Throughput(BatchSchedule.constant(8), 10, 0, CPU)
+    clock.take(throughput, 0, 4.0)
+    clock.take(throughput, 1, 2.0)
+    with throughput.paused():
+        clock.now += 30.0
+    assert throughput.report(2)["pairs_per_second"] == pytest.approx(4.0)
+
+
 def test_rates_across_a_change_of_size(clock: Clock) -> None:
     """Ten pairs a second all along: 2 steps of 10, then 2 of 30, and 6 of 30 to go."""
     throughput = Throughput(BatchSchedule.parse("0:10,3:30"), 11, 0, CPU)
