@@ -65,6 +65,7 @@ def test_the_best_stays_and_is_found(tmp_path: Path) -> None:
     model = ECLIP(PRESETS["debug"].model)
     optimizer = build_optimizer(model, OptimConfig())
     run_dir = _open_folder(tmp_path / "run", ObjectiveConfig(objective="clip"))
+    best: dict[str, torch.Tensor] = {}
     for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.0), (5, 2.5)):
         _shifted(model, 0.1)
         if step == 2:

@@ -26,7 +26,7 @@ from tests.helpers import file_size_limit, run_torchrun
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CONFIG = PRESETS["debug"].model
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
-Run = tuple[ECLIP, ECLIP, torch.optim.AdamW]
+Run = tuple[ECLIP, ECLIP, torch.optim.Optimizer]
 
 
 def _new(seed: int) -> Run:
@@ -56,7 +56,7 @@ def trained() -> Run:
 
 def _newest(run_dir: Path) -> Path | None:
     found = find_checkpoint(run_dir)
-    return found and found.path
+    return found.path if found else None
 
 
 def test_everything_comes_back(trained: Run, tmp_path: Path) -> None:

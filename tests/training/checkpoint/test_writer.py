@@ -146,6 +146,24 @@ def test_an_error_of_the_loop_waits_and_is_the_one_that_is_told(
     assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.gpu
+def test_a_copy_from_a_gpu_is_that_of_the_step(tmp_path: Path) -> None:
+    """The stream goes on at once, and the copy through pinned memory has still what was there."""
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda"), mesh=None)
+    model = ECLIP(PRESETS["debug"].model).cuda()
+    run = model, make_momentum(model), build_optimizer(model, OptimConfig())
+    with CheckpointWriter(tmp_path, ranks, background=True) as checkpoints:
+        for step in (1, 2):  # the second one into the memory of the first
+            before = {key: value.cpu() for key, value in model.state_dict().items()}
+            checkpoints.save(step, *run, {})
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1)
+    other = _run(1)
+    load_checkpoint(list_checkpoints(tmp_path)[-1], *other, ALONE)
+    assert all(torch.equal(value, before[key]) for key, value in other[0].state_dict().items())
+
+
 RANKS = r"""
 import gc, resource, sys
 from pathlib import Path
