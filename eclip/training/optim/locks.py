@@ -15,8 +15,8 @@ def check_locks(config: RunConfig) -> None:
     for flag, locked, depth in towers:
         if locked and config.unlock_last >= depth:
             raise ValueError(
-                f"--unlock-last {config.unlock_last} with {flag}: that tower has {depth} blocks, and none would stay "
-                f"locked; drop {flag}, or unlock {depth - 1} at most"
+                f"--unlock-last {config.unlock_last} with {flag}: no block of that tower would stay locked (depth "
+                f"{depth}); drop {flag}, or unlock fewer"
             )
 
 

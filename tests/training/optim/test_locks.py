@@ -60,7 +60,7 @@ def test_only_locked_towers_are_meant() -> None:
 )
 def test_unlocking_every_block_is_no_lock(flag: str, locks: dict[str, bool], tmp_path: Path) -> None:
     check_locks(_config(**locks, unlock_last=DEPTH - 1))
-    with pytest.raises(ValueError, match=f"--unlock-last {DEPTH} with {flag}: .* {DEPTH} blocks.*; drop {flag}, or"):
+    with pytest.raises(ValueError, match=f"--unlock-last {DEPTH} with {flag}: .* .depth {DEPTH}.; drop {flag}, or"):
         check_locks(_config(**locks, unlock_last=DEPTH))
     config = make_config(tmp_path, tmp_path / "run", **locks, unlock_last=9)
     assert_refused(config, f"--unlock-last 9 with {flag}")
