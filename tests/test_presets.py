@@ -30,11 +30,22 @@ def test_flags_override_the_preset_wherever_it_stands(spelling: list[str]) -> No
     assert not config.evaluate
 
 
+def test_a_given_number_replaces_what_the_preset_computes() -> None:
+    assert parse(["--preset", "vit_b16"]).epochs == 15
+    assert (given := parse(["--preset", "vit_b16", "--steps", "50"])).epochs is None and given.steps == 50
+    shop = parse(["--preset", "shop", "--epochs", "3"])
+    assert (shop.epochs, shop.fit_steps, shop.fit_warmup, shop.fit_batch) == (3, False, True, 256)
+    assert parse(["--preset", "shop", "--batch-schedule", "0:16,9:32"]).fit_batch == 0
+    assert parse(["--preset=shop", "--global-batch-size=32"]).fit_batch == 0
+    assert not parse(["--preset", "shop", "--warmup-steps", "7"]).fit_warmup
+    assert parse(["--preset", "shop", "--fit-batch", "64"]).fit_batch == 64
+
+
 def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = capsys.readouterr().out
-    for wanted in ("--global-batch-size", "--soft-labels", "--cache-features", "demo_towers", "vit_l16"):
+    for wanted in ("--global-batch-size", "--soft-labels", "--cache-features", "--epochs", "shop_gpu", "vit_l16"):
         assert wanted in text
 
 
@@ -70,6 +81,12 @@ def test_help_lists_flags_and_presets(capsys: pytest.CaptureFixture[str]) -> Non
         ("--image-size 0", "image_size=0"),
         ("--beta2 1", "beta2=1.0: set --beta2 to a number from 0 and below 1"),
         ("--cache-features", "--cache-features needs --lock-image"),
+        ("--steps 5 --epochs 2", "--steps and --epochs: one is computed from the other; give one"),
+        ("--epochs=2 --preset vit_b16 --steps=5", "--steps and --epochs"),
+        ("--global-batch-size 8 --batch-schedule 0:8", "--global-batch-size and --batch-schedule"),
+        ("--preset shop --steps 5 --fit-steps", "--steps and --fit-steps"),
+        ("--epochs 0", "epochs=0.0: set --epochs to a number above 0"),
+        ("--lr-scaling sqrt", "--lr-scaling sqrt without --batch-schedule"),
     ],
 )
 def test_wrong_flags_and_values_are_one_line(

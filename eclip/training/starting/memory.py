@@ -21,6 +21,7 @@ from eclip.model.eclip import ECLIP
 from eclip.objectives.objective import make_objective
 from eclip.training.optim import lock_towers
 
+_HOST = 0.1e9  # threads, libraries, the allocator's slack: 0.09 to 0.12 in runs of `demo` and `demo_towers`' shapes
 _WORKER = 0.1e9  # what a forked data worker has for itself, beside its batches
 _CUDA = 1.0e9  # context, cuBLAS workspaces
 _KEPT_LOGITS = 2 << 30  # the contrastive loss keeps up to so much of its logits on a GPU (keep_bytes)
@@ -104,7 +105,7 @@ def step_bytes(config: RunConfig, tokens: float, *, world_size: int, shards: int
         + parts.most_rows * row_bytes(config, tokens, bf16=bf16)
         + kept
         + logits
-        + (_CUDA if cuda else 0)
+        + (_CUDA if cuda else _HOST)
     )
 
 
