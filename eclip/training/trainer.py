@@ -119,7 +119,8 @@ class Trainer:
                     return False
                 assert parts is not None
                 self._step(parts, throughput, sinks)
-                profiler.step()
+                with throughput.paused():
+                    profiler.step()
         return True
 
     def _feed(self) -> Feed:
@@ -212,7 +213,8 @@ class Trainer:
     def _send_numbers(self, numbers: dict[str, Tensor], parts: list[Part], rate: float) -> Tensor:
         """Average the numbers of a step over ranks, in one all-reduce; whether all of them are finite."""
         full = [x.full_tensor() if isinstance(x, DTensor) else x for x in numbers.values()]
-        own = torch.stack([x.detach().float().reshape(()) for x in full])
+        # The device: with --cpu-offload gradients have their norms on the host.
+        own = torch.stack([x.detach().to(self.ranks.device, torch.float32).reshape(()) for x in full])
         means = self.ranks.mean(own.clone())
         keys = [key for part in parts for key in part.batch.keys]
         self.in_flight.send(self.step, keys, rate, list(numbers), means, own)

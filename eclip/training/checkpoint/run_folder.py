@@ -3,7 +3,7 @@
     config.json        the resolved settings, data.data_dir absolute
     data.json          {"data_dir": absolute path, "fingerprints": {split: hex}} of the splits that training saw
     tokenizer/tokenizer.json
-    checkpoints/, metrics.jsonl, tensorboard/, wandb.json, evaluation*.json, grounding*.png, nonfinite_*.json
+    checkpoints/, metrics.jsonl, tensorboard/, wandb.json, profile/, evaluation*.json, grounding*.png, nonfinite_*.json
     .lock              held by rank 0 for the life of a run; launch.json says which torchrun began it
 
 A start writes nothing here before every check has passed. Its files are then written aside (`.new`), the earlier run's
@@ -32,10 +32,11 @@ _READ_AS = "utf-8-sig"  # some editors begin what they save with a byte order ma
 _NEW = ".new"
 _OWN = (
     CONFIG, DATA, TOKENIZER, METRICS, "wandb.json", "launch.json", "evaluation*.json", "grounding*.png",
-    "nonfinite_step*.json", "tensorboard/events.out.tfevents.*", f"checkpoints/step_*{DAMAGED}",
+    "nonfinite_step*.json", "tensorboard/events.out.tfevents.*", "profile/trace.json.gz", "profile/operators.txt",
+    f"checkpoints/step_*{DAMAGED}",
 )  # fmt: skip
 _UNFINISHED = (f"*.json{PARTIAL}", f"{METRICS}{PARTIAL}", f"checkpoints/step_*{PARTIAL}")
-_FOLDERS = ("checkpoints", "tokenizer", "tensorboard")
+_FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "profile")
 _BUSY = "{}: a run writes there now ({}); wait for it, stop it or choose another --run-dir (evaluating it is fine)"
 _LOCK_PATIENCE = 3.0  # seconds: a killed run's data workers, or the rank before a restart, may take one to be gone
 
