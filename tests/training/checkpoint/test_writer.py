@@ -152,6 +152,7 @@ def test_a_copy_from_a_gpu_is_that_of_the_step(tmp_path: Path) -> None:
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda"), mesh=None)
     model = ECLIP(PRESETS["debug"].model).cuda()
     run = model, make_momentum(model), build_optimizer(model, OptimConfig())
+    before: dict[str, torch.Tensor] = {}
     with CheckpointWriter(tmp_path, ranks, background=True) as checkpoints:
         for step in (1, 2):  # the second one into the memory of the first
             before = {key: value.cpu() for key, value in model.state_dict().items()}
