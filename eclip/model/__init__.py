@@ -11,5 +11,7 @@ eclip.py               `ECLIP`, which joins the parts; training and evaluation c
 image_encoder.py       a ViT with timm's names      text_encoder.py  BERT on ragged text, pooled
 instance_decoder.py    slot attention over the tokens, self-attention among the queries
 transformer.py         blocks that the three share  ragged.py        packed texts, attention inside each
-settings.py            `ModelConfig`
+residual.py            the stream's dtype           settings.py      `ModelConfig`
+
+From outside: `set_text_attention` (text_encoder.py) chooses its kernel, `set_residual_dtype` what sums are rounded to.
 """

@@ -7,6 +7,7 @@ Letters: B images, N = grid * grid patches (K of them kept), S side in pixels, D
 import torch
 from torch import Tensor, nn
 
+from eclip.model.residual import on_stream
 from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PreNormBlock, init_transformer
 
@@ -33,6 +34,7 @@ class ImageEncoder(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    residual_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class ImageEncoder(nn.Module):
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
         if kept is not None:
             x = x.index_select(1, torch.cat([kept.new_zeros(1), kept + 1]))
+        dtype, x = x.dtype, on_stream(x, self.residual_dtype)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x.to(dtype))

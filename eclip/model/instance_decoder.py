@@ -34,6 +34,7 @@ from eclip.kernels.slot_attention import (
     slot_attention_absorbed,
     slot_attention_absorbed_reference,
 )
+from eclip.model.residual import LayerNorm, on_stream
 from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PostNormBlock, init_transformer
 
@@ -90,7 +91,7 @@ class InstanceBlock(nn.Module):
         self.w_key = nn.Linear(width, width, bias=False)
         self.w_value = nn.Linear(width, width, bias=False)
         self.w_out = nn.Linear(width, width, bias=False)
-        self.norm = nn.LayerNorm(width, eps=DECODER_EPS)
+        self.norm = LayerNorm(width, eps=DECODER_EPS)
         self.among_queries = PostNormBlock(width, config.decoder_heads, eps=DECODER_EPS)
         self.among_queries.apply(init_transformer)
         self._start_as_identity()
@@ -139,12 +140,14 @@ class InstanceBlock(nn.Module):
 class InstanceDecoder(nn.Module):
     """L blocks over the same queries and tokens."""
 
+    residual_dtype: torch.dtype | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.decoder_depth < 1:
             raise ValueError(f"decoder_depth={config.decoder_depth}: the instance decoder needs at least one block")
         self.config = config
-        self.token_norm = nn.LayerNorm(config.embed_dim, eps=DECODER_EPS) if config.token_norm else nn.Identity()
+        self.token_norm = LayerNorm(config.embed_dim, eps=DECODER_EPS) if config.token_norm else nn.Identity()
         self.blocks = nn.ModuleList(InstanceBlock(config) for _ in range(config.decoder_depth))
 
     def forward(self, tokens: Tensor, queries: Tensor, *, return_map: bool = False) -> DecoderOutput:
@@ -153,6 +156,7 @@ class InstanceDecoder(nn.Module):
         return_map: fill `assignment` too, which costs a (B, T, N) tensor.
         """
         tokens, ports = self._share(self.token_norm(tokens), queries.shape[1])
+        dtype, queries = queries.dtype, on_stream(queries, self.residual_dtype)
         slots, assignment = torch.zeros_like(queries), None
         entropies = []
         for block, port in zip(self.blocks, ports, strict=True):
@@ -162,6 +166,7 @@ class InstanceDecoder(nn.Module):
         if assignment is not None:
             assignment = assignment.detach().float()
             assignment = assignment if assignment.ndim == 3 else assignment.mean(dim=1)
+        slots = slots if self.residual_dtype is None else slots.to(dtype)
         return DecoderOutput(slots, torch.stack(entropies).mean(), assignment)
 
     def _share(self, tokens: Tensor, num_queries: int) -> tuple[Tensor, list[TokenPort] | list[None]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eclip.model.ragged import Kernel, Ragged, choose_kernel
+from eclip.model.residual import LayerNorm
 from eclip.model.settings import ModelConfig
 from eclip.model.transformer import PostNormBlock, init_transformer
 
@@ -27,7 +28,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.word_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Embedding(config.max_positions, width)
-        self.norm = nn.LayerNorm(width, eps=BERT_EPS)
+        self.norm = LayerNorm(width, eps=BERT_EPS)
         self.blocks = nn.ModuleList(
             PostNormBlock(width, config.text_heads, eps=BERT_EPS) for _ in range(config.text_depth)
         )
@@ -43,10 +44,11 @@ class TextEncoder(nn.Module):
                 f"a text of {ragged.longest} tokens is longer than max_positions={self.config.max_positions}; "
                 f"lower --data.max-tokens or raise --model.max-positions"
             )
-        x = self.norm(self.word_embedding(tokens) + self.position_embedding(ragged.positions))
+        embedded = self.word_embedding(tokens) + self.position_embedding(ragged.positions)
+        x = self.norm(embedded)
         for block in self.blocks:
             x = block(x, ragged)
-        return x
+        return x if self.norm.residual_dtype is None else x.to(embedded.dtype)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, longest: int | None = None) -> Tensor:
         """tokens: (total,) int64; cu_seqlens: (n+1,) int32, text s being tokens[cu_seqlens[s]:cu_seqlens[s+1]].

@@ -9,11 +9,11 @@ there; only attention needs to know the sequences, see ragged.py.
 Letters: B images or sequences, N tokens, D width, total = rows of a packed ragged batch.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eclip.model.ragged import Ragged, attend_ragged
+from eclip.model.residual import LayerNorm, LayerScale
 
 
 class Attention(nn.Module):
@@ -48,27 +48,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class LayerScale(nn.Module):
-    """Learnable factor per channel on a residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # 1, so that a tower from scratch starts as one without; the paper's 1e-5 is for nets deeper than 18 blocks.
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the vision transformer's block. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, num_heads: int, *, eps: float, layer_scale: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads)
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
@@ -83,9 +71,9 @@ class PostNormBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, *, eps: float) -> None:
         super().__init__()
         self.attn = Attention(width, num_heads)
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
         """x: (B, N, D), or with `ragged` packed (total, D). Returns x's shape."""

@@ -117,6 +117,7 @@ def test_a_copy_computes_with_its_own_parameters(mode: str) -> None:
 RANKS = """
 import copy, gc
 import torch
+from eclip.model.residual import set_residual_dtype
 from eclip.parallel.ranks import find_ranks, part, start_ranks
 from eclip.parallel.recompute import checkpoint_activations
 from eclip.parallel.settings import ComputeConfig
@@ -135,8 +136,9 @@ class Root(torch.nn.Module):
 
 def gradients(mode, shard):
     model = make().float() if autocast else make()
+    set_residual_dtype(model, torch.bfloat16)
     checkpoint_activations(model, mode)
-    root = spread(Root(model), ranks, ComputeConfig(shard=shard))
+    root = spread(Root(model), ranks, ComputeConfig(shard=shard), block_dtype=torch.bfloat16 if autocast else None)
     torch.manual_seed(ranks.rank)
     given = inputs("cpu")
     for _ in range(2):
@@ -162,5 +164,5 @@ part(ranks)
 
 
 def test_under_sharding_and_averaging() -> None:
-    """FSDP2 gathers a block's parameters again for its second pass; under autocast, and by DDP."""
+    """FSDP2 gathers a block's parameters again for its second pass; all in bfloat16 under autocast; and by DDP."""
     assert run_torchrun(RANKS, timeout=240).count("same:") == 8
