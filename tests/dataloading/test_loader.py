@@ -264,8 +264,8 @@ def test_workers_end_with_their_iterator(index, tokenizer):
     assert set(multiprocessing.active_children()) <= before
 
 
-@pytest.mark.parametrize("decoder", ["torch", "dali"])
-def test_program_that_just_ends_exits_cleanly(index, decoder):
+@pytest.mark.parametrize(("decoder", "workers"), [("torch", 1), ("torch", 0), ("dali", 1)])
+def test_program_that_just_ends_exits_cleanly(index, decoder, workers):
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
     script = (
@@ -273,7 +273,8 @@ def test_program_that_just_ends_exits_cleanly(index, decoder):
         "from eclip.dataloading.shards import ShardIndex\nfrom eclip.dataloading.text import WordPiece\n"
         f"index = ShardIndex.open(Path({str(index.data_dir)!r}), 'train')\n"
         "tokenizer = WordPiece.train(index.texts())\n"
-        f"loader = ProductLoader(index, tokenizer, global_batch_size=4, image_size=16, decoder={decoder!r})\n"
+        f"loader = ProductLoader(index, tokenizer, global_batch_size=4, image_size=16, decoder={decoder!r},\n"
+        f"                       num_workers={workers})\n"
         "stream = iter(loader)\nnext(stream), next(stream)\nprint('done')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

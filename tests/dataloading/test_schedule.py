@@ -54,4 +54,5 @@ def test_what_was_trained_with_is_kept() -> None:
     assert str(schedule.until(0)) == "0:4"
     assert str(schedule.until(3)) == "0:4"  # step 3, the first of size 8, has not been taken
     assert str(schedule.until(4)) == "0:4,3:8"
+    assert BatchSchedule.parse("0:4,2:4,3:8,4:8").until(9) == schedule.until(5)  # the same sizes, said otherwise
     assert schedule.largest == 16

@@ -1,7 +1,9 @@
 """WordPiece: deterministic training, BERT-equal encoding, ragged batches, save and load."""
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -226,3 +228,23 @@ def test_saved_and_loaded_in_a_folder_that_the_locale_cannot_spell(tmp_path):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run_command([sys.executable, "-c", code, str(folder)], env=plain)
     assert WordPiece.load(folder).vocab_size <= 200
+
+
+def test_a_tokenizer_that_leaves_nothing_of_a_text_is_refused(tmp_path):
+    WordPiece.train(TEXTS, vocab_size=200).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**saved, "post_processor": None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^the text '' has no token: .*restore tokenizer\.json"):
+        WordPiece.load(tmp_path).encode(["red", ""])
+
+
+def test_threads_share_a_tokenizer(tmp_path):
+    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    texts = [" ".join(TEXTS)] * 20
+    alone = {n: tokenizer.encode(texts, n) for n in (3, 9, 40)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: (n, tokenizer.encode(texts, n)), [3, 9, 40] * 20))
+    assert all(torch.equal(a, b) for n, both in found for a, b in zip(both, alone[n], strict=True))
+    tokenizer.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["truncation"] is None
