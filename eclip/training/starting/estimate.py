@@ -7,12 +7,12 @@ close is told so. The estimates err by a fifth or so: whatever might fit is let 
 import dataclasses
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from eclip.config import RunConfig
 from eclip.dataloading.shards import ShardIndex
+from eclip.dataloading.system.memory import available_memory
 from eclip.dataloading.text import WordPiece
 from eclip.parallel.ranks import Ranks
 from eclip.training.feature_cache.cache import cache_folder
@@ -94,7 +94,7 @@ class _Fit:
 
     def host(self, config: RunConfig) -> float:
         """Bytes of this rank on its machine."""
-        total = loader_bytes(config, self.ranks.world_size)
+        total = loader_bytes(config, self.ranks.world_size, on_gpu=self.cuda)
         if not self.cuda:
             return total + self.step(config)
         return total + (state_bytes(config, self.shards) if config.compute.cpu_offload else 0)
@@ -104,8 +104,10 @@ class _Fit:
         if self.cuda:
             free = torch.cuda.mem_get_info(self.ranks.device)[0]
             notes += self._judge(self.device, free, "of GPU memory", "a rank")
-        ranks = self.ranks.local_size
-        return notes + self._judge(self.host, available_memory() / ranks, "of memory", f"each of {ranks} ranks")
+        ranks, left = self.ranks.local_size, available_memory()
+        if left is None:  # the system does not say
+            return notes
+        return notes + self._judge(self.host, left / ranks, "of memory", f"each of {ranks} ranks")
 
     def _judge(self, need: Callable[[RunConfig], float], free: float, what: str, whose: str) -> tuple[str, ...]:
         """Raise TooLarge, or a line, or nothing."""
@@ -121,7 +123,7 @@ class _Fit:
 
     def _parts(self, config: RunConfig, what: str) -> str:
         states = state_bytes(config, self.shards) / _GIB
-        loader = loader_bytes(config, self.ranks.world_size) / _GIB
+        loader = loader_bytes(config, self.ranks.world_size, on_gpu=self.cuda) / _GIB
         size = config.micro_batch or config.schedule.largest // self.ranks.world_size
         shown = f"model and optimizer {states:.1f}"
         if not self.cuda or what == "of memory":
@@ -153,34 +155,6 @@ def _smaller(config: RunConfig, world_size: int) -> list[int]:
     shares = [size // world_size for size in config.schedule.sizes]
     most = min(config.micro_batch or max(shares), min(shares))
     return [size for size in range(most, 0, -1) if all(share % size == 0 for share in shares)]
-
-
-def available_memory() -> float:
-    """Bytes that this machine, or the container that limits it, can still give."""
-    return min(_from_the_machine(), _from_the_container(Path("/sys/fs/cgroup")))
-
-
-def _from_the_machine() -> float:
-    return _fields(Path("/proc/meminfo")).get("MemAvailable:", float("inf")) * 1024
-
-
-def _from_the_container(group: Path) -> float:
-    """Its limit less what it holds; pages of files are given back when they are wanted."""
-    try:
-        limit, held = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such group, or "max"
-        return float("inf")
-    files = _fields(group / "memory.stat")
-    return limit - held + files.get("inactive_file", 0) + files.get("active_file", 0)
-
-
-def _fields(file: Path) -> dict[str, float]:
-    """Lines of a name and a number; nothing where there is no such file."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0]: float(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
 def _check_disk(config: RunConfig, index: ShardIndex) -> tuple[str, ...]:

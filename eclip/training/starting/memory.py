@@ -15,14 +15,13 @@ import torch
 
 from eclip.config import RunConfig
 from eclip.dataloading.loader import choose_decoder
+from eclip.dataloading.needs import loader_needs
 from eclip.dataloading.parts import Parts
-from eclip.dataloading.pipeline import PREFETCH
 from eclip.model.eclip import ECLIP
 from eclip.objectives.objective import make_objective
 from eclip.training.optim import lock_towers
 
 _HOST = 0.1e9  # threads, libraries, the allocator's slack: 0.09 to 0.12 in runs of `demo` and `demo_towers`' shapes
-_WORKER = 0.1e9  # what a forked data worker has for itself, beside its batches
 _CUDA = 1.0e9  # context, cuBLAS workspaces
 _KEPT_LOGITS = 2 << 30  # the contrastive loss keeps up to so much of its logits on a GPU (keep_bytes)
 
@@ -109,17 +108,11 @@ def step_bytes(config: RunConfig, tokens: float, *, world_size: int, shards: int
     )
 
 
-def loader_bytes(config: RunConfig, world_size: int) -> float:
-    """Host memory of a rank's data workers: each has PREFETCH parts of a step ready, in memory shared with the rank.
-
-    That memory is anonymous: /dev/shm, small in containers, is not asked for it. DALI's workers are threads.
-    """
-    if config.cache_features:
-        return 0
+def loader_bytes(config: RunConfig, world_size: int, *, on_gpu: bool = False) -> float:
+    """Host memory of a rank's loader: dataloading/needs.py, where it is measured."""
+    decoder = "none" if config.cache_features else choose_decoder(config.data.decoder)
     rows = Parts(config.schedule, 0, world_size, config.micro_batch).most_rows
-    part = rows * 2 * 3 * config.model.image_size**2
-    workers = config.data.num_workers if choose_decoder(config.data.decoder) == "torch" else 1
-    return workers * (PREFETCH * part + _WORKER) + 2 * part
+    return loader_needs(rows, config.model.image_size, config.data.num_workers, decoder, on_gpu=on_gpu).host_bytes
 
 
 def cache_shape(config: RunConfig, images: int) -> tuple[int, ...]:
