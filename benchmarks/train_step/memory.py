@@ -97,12 +97,13 @@ def page(whole: list[Point], split: list[Point], machine: dict[str, str], comman
     for one, other in zip(whole, split, strict=True):
         share = f"{other.peak / one.peak:.0%}"
         lines.append(f"| {one.batch} | {_mb(one.peak)} | {_mb(other.peak)} | {share} | {_mb(one.batch_bytes)} |")
-    long = [point for point in split if point.micro_batch is not None]
+    grows, stays = slope(whole), slope(split[-2:])
     lines += [
         "",
-        f"A product more costs {slope(whole) / 1e6:.2f} MB in a whole batch: what is saved for its backward pass.",
-        f"With `--micro-batch {micro}` it costs {slope(long) / 1e6:.3f} MB, {slope(long) / slope(whole):.1%} of that:",
-        "the patch tokens of view b that wait for the second pass, and the features that are compared.",
+        f"A product more costs {grows / 1e6:.2f} MB in a whole batch: what is saved for its backward pass. With",
+        f"`--micro-batch {micro}` it costs {stays / 1e6:.3f} MB over the last doubling, {stays / grows:.1%} of that.",
+        "What the curve rises by before: from the second part on the gradients of the parts before lie there, and of",
+        "more parts the largest has longer titles.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -130,6 +131,7 @@ def draw(whole: list[Point], split: list[Point], path: Path) -> None:
     axes.set_yscale("log", base=2)
     batches = [p.batch for p in whole]
     axes.set_xticks(batches, [str(b) for b in batches])
+    axes.margins(y=0.12)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("products of a step")
     axes.set_ylabel("peak above weights and batch, MB")
