@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from eclip.config import RunConfig
+from eclip.model.residual import set_residual_dtype
 from eclip.model.text_encoder import set_text_attention
 from eclip.parallel.compiling import compile_blocks
 from eclip.parallel.ranks import Ranks
@@ -24,11 +25,14 @@ def apply_compute(module: TrainStep, config: RunConfig, ranks: Ranks) -> tuple[n
     """
     compute, bf16 = config.compute, use_bf16(config, ranks)
     kernel = set_text_attention(module, compute.text_attention, ranks.device, torch.bfloat16 if bf16 else torch.float32)
+    set_residual_dtype(module, torch.bfloat16 if compute.residual == "bf16" else None)
     checkpoint_activations(module, compute.activation_checkpointing)
     if compute.compile:
         compile_blocks(module)
     called = spread(module, ranks, compute, block_dtype=torch.bfloat16 if bf16 else None)
     facts = [f"text attention {kernel}"]
+    if compute.residual == "bf16":
+        facts.append("residual stream bf16" if bf16 else "--residual bf16 has no effect: all is float32 here")
     if compute.activation_checkpointing != "none":
         facts.append(f"activation checkpointing {compute.activation_checkpointing}")
     if compute.compile:
