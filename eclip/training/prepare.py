@@ -109,7 +109,7 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
         ranks.from_main(lambda: open_val(config))
     record, notes = ranks.from_main(lambda: _data_record(config, index))
     notes = sizes + notes
-    if config.global_batch_size > index.num_products:
+    if config.schedule.largest > index.num_products:
         notes += (_repeated_products(config, index),)
     checkpoint = None
     if saved is not None:
@@ -160,9 +160,11 @@ def _check_run_dir(config: RunConfig) -> RunConfig | None:
 
 
 def _repeated_products(config: RunConfig, index: ShardIndex) -> str:
+    given = config.batch_schedule
+    size, flag = ("global_batch_size", "--global-batch-size") if given is None else ("batch", "--batch-schedule")
     return (
-        f"global_batch_size={config.global_batch_size} of {index.num_products} products: a product meets itself in "
-        f"every step, as if it were another one; --global-batch-size {index.num_products} or less avoids that"
+        f"{size}={config.schedule.largest} of {index.num_products} products: a product meets itself in every step, as "
+        f"if it were another one; {flag} with {index.num_products} or less avoids that"
     )
 
 
