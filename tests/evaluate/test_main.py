@@ -177,7 +177,7 @@ def test_a_checkpoint_of_nan_is_one_line_and_no_table(
     with torch.no_grad():
         for parameter in model.get_submodule(part).parameters():
             parameter.fill_(float("nan"))
-    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device: (model, config, tokenizer))
+    monkeypatch.setattr(run_module, "load_run", lambda run_dir, device, **which: (model, config, tokenizer))
     capsys.readouterr()
     with pytest.raises(SystemExit, match="error: .*NaN or infin") as stop:
         evaluate(monkeypatch, "--checkpoint", run)
