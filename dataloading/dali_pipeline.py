@@ -92,7 +92,7 @@ class DaliPipeline:
     def __init__(self, source: BatchSource, *, first: int, num_threads: int):
         self.source, self.parts = source, source.sampler.parts
         self.number, self.num_threads = first, num_threads
-        self.reads = Reads(source.index)
+        self._reads = Reads(source.index)
         self._parse = _size_parser()
         self._quarantine: dict[int, str] = {}  # row to reason
         self._plans: dict[int, tuple[Rows, Bad]] = {}  # by batch number
@@ -128,7 +128,7 @@ class DaliPipeline:
         """An image's bytes, crop box and mirroring. Raises CorruptImageError."""
         if row in self._quarantine:
             raise CorruptImageError(self._quarantine[row])
-        data, side = self.reads(row), self.source.image_size
+        data, side = self._reads(row), self.source.image_size
         try:
             size = self._size(data)
             box, flip = self.source.box(draws, *(size or open_image(data).size))
@@ -175,7 +175,7 @@ class DaliPipeline:
 
     def _dali_refuses(self, row: int) -> str:
         """Why DALI cannot decode an image alone, on the CPU; empty if it can."""
-        data = self.reads(row)
+        data = self._reads(row)
         if (size := self._size(data)) is None:
             return ""  # Pillow decodes it
         shape = np.array([size], np.int32)
@@ -193,7 +193,7 @@ class DaliPipeline:
         planned = sorted({int(row) for rows, _ in self._plans.values() for row in rows.ravel()})
         for row in planned:
             try:
-                decode_square(self.reads(row), self.source.image_size)
+                decode_square(self._reads(row), self.source.image_size)
             except CorruptImageError as error:
                 self._quarantine[row] = str(error)
         if len(self._quarantine) == before:  # Pillow decodes all of them: ask DALI, one by one
@@ -219,6 +219,14 @@ class DaliPipeline:
         batch = self.source.assemble(step, part, rows, images.unflatten(0, (-1, 2)))
         self.number += 1
         return batch, bad
+
+    def stop(self) -> None:
+        """End the feeding of a batch in another thread; what DALI has it finishes."""
+        self._reads.stop()
+
+    def hangs(self) -> bool:
+        """Whether that thread waits for a store that does not answer."""
+        return self._reads.hang()
 
     def close(self) -> None:
         """Drop the pipeline and its threads."""

@@ -17,7 +17,7 @@ import torch
 from .errors import DataError
 from .needs import Needs, loader_needs
 from .parts import Parts
-from .pipeline import PREFETCH, Bad, BatchSource, Reads
+from .pipeline import PREFETCH, Bad, BatchSource
 from .sampling import Sampler
 from .schedule import BatchSchedule
 from .schema import Batch
@@ -37,29 +37,33 @@ class _Pipeline(Protocol):
     def close(self) -> None: ...
 
 
-class _Reading(_Pipeline, Protocol):
-    reads: Reads
+class _Stoppable(_Pipeline, Protocol):
+    def stop(self) -> None: ...
+
+    def hangs(self) -> bool: ...
 
 
-class _InTime:
-    """A pipeline that works in this process, in a thread of it that is PREFETCH batches ahead.
+class _Ahead:
+    """A pipeline in a thread that is `ahead` batches ahead.
 
-    So reading and decoding go on beside the training step, and a call that hangs is named after a while.
+    So reading, decoding and copying go on beside the training step, and a call that hangs is named after a while.
     """
 
-    def __init__(self, pipeline: _Reading, source: BatchSource, first: int, stall_seconds: float):
+    def __init__(
+        self, pipeline: _Stoppable, source: BatchSource, *, first: int, ahead: int, stall_seconds: float
+    ) -> None:
         self._number, self._seconds = first, stall_seconds
         self._name, self._data_dir = source.sampler.parts.name, source.index.data_dir
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._beside = Beside(
             pipeline.__next__,
-            ahead=PREFETCH,
+            ahead=ahead,
             what=self._stalled,
             stall_seconds=stall_seconds,
             setup=lambda: None if device is None else torch.cuda.set_device(device),
             teardown=pipeline.close,
-            stop=pipeline.reads.stop,
-            hangs=pipeline.reads.hang,
+            stop=pipeline.stop,
+            hangs=pipeline.hangs,
         )
 
     def _stalled(self) -> str:
@@ -181,12 +185,15 @@ class ProductLoader:
             from .dali_pipeline import DaliPipeline  # DALI takes 0.5 s to import and is optional
 
             dali = DaliPipeline(source, first=first, num_threads=max(1, self.num_workers))
-            return _InTime(dali, source, first, limit)
+            return _Ahead(dali, source, first=first, ahead=PREFETCH, stall_seconds=limit)
         if not self.num_workers:
-            return _InTime(InPlace(source, first=first, decoded=True), source, first, limit)
+            in_place = InPlace(source, first=first, decoded=True)
+            return _Ahead(in_place, source, first=first, ahead=PREFETCH, stall_seconds=limit)
         # Training a vocabulary used the tokenizers' threads; without this every forked worker warns about them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return TorchPipeline(source, first=first, num_workers=self.num_workers, stall_seconds=limit)
+        workers = TorchPipeline(source, first=first, num_workers=self.num_workers, stall_seconds=limit)
+        # The thread copies one batch out of the workers' memory; they are ahead themselves, and know what keeps them.
+        return _Ahead(workers, source, first=first, ahead=1, stall_seconds=0)
 
     def __iter__(self) -> Iterator[Batch]:
         pipeline = self._open()

@@ -13,7 +13,7 @@ from .system.memory import available_memory
 MIB = 1 << 20
 # Measured as proportional set sizes (2 cores, 320 px JPEGs to 224 px, parts of 32 to 256 products).
 _WORKER = 30 * MIB  # of a worker beside its images
-_DALI, _DALI_BATCHES = 150 * MIB, 6  # DALI with its threads, and what it holds, in batches of decoded images
+_DALI, _DALI_BATCHES = 200 * MIB, 4  # DALI with its threads, and what it holds, in batches of decoded images
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def loader_needs(
     if decoder == "dali":
         return Needs(0, _DALI + (0 if on_gpu else (_DALI_BATCHES + PREFETCH + held) * batch))
     if num_workers:
-        return Needs(num_workers * PREFETCH * batch, num_workers * _WORKER + held * kept)
+        return Needs(num_workers * PREFETCH * batch, num_workers * _WORKER + (1 + held) * kept)
     return Needs(0, (PREFETCH + 1 + held) * kept)
 
 

@@ -48,6 +48,14 @@ class TorchPipeline:
         """The next batch and the undecodable images met in it."""
         return self._workers.take(self._unpack)
 
+    def stop(self) -> None:
+        """End the workers, and a wait for them in another thread."""
+        self._workers.close()
+
+    def hangs(self) -> bool:
+        """Never: who waits for workers that are killed hears of it."""
+        return False
+
     def close(self) -> None:
         """End the workers."""
         self._workers.close()
@@ -58,7 +66,7 @@ class InPlace:
 
     def __init__(self, source: BatchSource, *, first: int, decoded: bool):
         self.source, self.number, self.decoded = source, first, decoded
-        self.reads = Reads(source.index)
+        self._reads = Reads(source.index)
 
     def __next__(self) -> tuple[Batch, Bad]:
         """The next batch and the undecodable images met in it."""
@@ -67,7 +75,15 @@ class InPlace:
         self.number += 1
         if not self.decoded:
             return source.without_images(step, part), {}
-        return source.decoded(step, part, image_memory(parts.rows(step), source.image_size), self.reads)
+        return source.decoded(step, part, image_memory(parts.rows(step), source.image_size), self._reads)
+
+    def stop(self) -> None:
+        """End a batch that is being made in another thread."""
+        self._reads.stop()
+
+    def hangs(self) -> bool:
+        """Whether that thread waits for a store that does not answer."""
+        return self._reads.hang()
 
     def close(self) -> None:
         """Nothing is held."""
