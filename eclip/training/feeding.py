@@ -30,16 +30,14 @@ class Feed:
     def __init__(self, batches: Iterator[Batch], complete: Callable[[Batch], Part], device: torch.device) -> None:
         self.batches, self.complete, self.device = batches, complete, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._come: list[Part] = []
-        """Of a step, when a stop signal ended the wait for the rest."""
 
     def next(self) -> list[Part]:
-        """All parts of the next step, in order."""
+        """All parts of the next step, in order. What a stop signal ends in between is lost: it ends the batches too."""
+        parts: list[Part] = []
         while True:
             batch = next(self.batches)
-            self._come.append(self._move(self.complete(batch)))
+            parts.append(self._move(self.complete(batch)))
             if batch.part == batch.parts - 1:
-                parts, self._come = self._come, []
                 self._arrive(parts)
                 return parts
 

@@ -30,14 +30,22 @@ class SkippedSteps:
         self.limit, self.run_dir, self.ranks = limit, run_dir, ranks
         self.total = self.in_a_row = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """For the checkpoint, so that a resumed run counts on."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on; `state` is empty in checkpoints that know of no skipped steps."""
+        self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)
+
     def see(self, record: Record) -> bool:
-        """Whether a step's means over ranks are finite.
+        """Whether a step was taken.
 
         If not, every rank writes its losses and images to run_dir/nonfinite_step{N}_rank{R}.json. Past the limit the
         first rank whose own losses are not finite raises NonFiniteLoss (rank 0 when only gradients are at fault: they
         are the same on all), the others PeerFailed.
         """
-        if all(math.isfinite(value) for value in record.means.values()):
+        if record.finite:
             self.in_a_row = 0
             return True
         self.total += 1

@@ -5,6 +5,7 @@ told more. So the numbers of a step are copied to pinned memory and read two ste
 there, or all at once at a log line. On a CPU they are there at once.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Record:
     """Over ranks."""
     own: dict[str, float]
     """This rank's."""
+    finite: bool
+    """Whether the step was taken; otherwise the device skipped it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class _Sent:
     learning_rate: float
     names: tuple[str, ...]
     values: Tensor
+    observed: int
     arrival: "torch.cuda.Event | None"
 
 
@@ -48,9 +52,22 @@ class InFlight:
         self._sent: deque[_Sent] = deque()
 
     def send(
-        self, step: int, keys: Sequence[str], learning_rate: float, names: Sequence[str], means: Tensor, own: Tensor
-    ) -> None:
-        """Start the copy of a step's numbers; means, own: (n,) on the device, in the order of `names`."""
+        self,
+        step: int,
+        keys: Sequence[str],
+        learning_rate: float,
+        names: Sequence[str],
+        means: Tensor,
+        own: Tensor,
+        *,
+        observed: int = 0,
+    ) -> Tensor:
+        """Start the copy of a step's numbers; means, own: (n,) on the device, in the order of `names`.
+
+        Returns whether the step is to be taken, 0-dim bool on the device: whether its means are finite. observed: how
+        many numbers, the last ones, have no say in that: a step must not depend on what a log line looks at.
+        """
+        decisive = len(names) - observed
         values = torch.stack([means, own])
         arrival = None
         if values.is_cuda:
@@ -58,13 +75,16 @@ class InFlight:
             values = host.copy_(values, non_blocking=True)
             arrival = torch.cuda.Event()
             arrival.record()
-        self._sent.append(_Sent(step, keys, learning_rate, tuple(names), values, arrival))
+        self._sent.append(_Sent(step, keys, learning_rate, tuple(names), values, observed, arrival))
+        return means[:decisive].isfinite().all()
 
     def arrived(self, *, everything: bool) -> Iterator[Record]:
-        """Records in order. everything: wait for all; otherwise for those that are LAG steps old, on every rank alike."""
+        """Records in order. everything: wait for all; otherwise for those LAG steps old, on every rank alike."""
         while self._sent and (everything or self._sent[0].arrival is None or len(self._sent) > LAG):
             sent = self._sent.popleft()
             if sent.arrival is not None:
                 sent.arrival.synchronize()
             means, own = (dict(zip(sent.names, row, strict=True)) for row in sent.values.tolist())
-            yield Record(sent.step, sent.keys, sent.learning_rate, means, own)
+            decisive = list(means.values())[: len(means) - sent.observed]
+            finite = all(math.isfinite(value) for value in decisive)
+            yield Record(sent.step, sent.keys, sent.learning_rate, means, own, finite)

@@ -81,6 +81,7 @@ class Trainer:
         state = load_checkpoint(checkpoint, self.model, self.momentum, self.optimizer, self.ranks)
         self.loader.load_state_dict(state["loader"])
         self.step = self.first_step = state["step"]
+        self.skipped.load_state_dict(state.get("skipped", {}))
         self.lowest_val_loss = self.ranks.from_main(lambda: lowest_val_loss(self.config.run_dir))
 
     def _say_where_it_starts(self) -> None:
@@ -94,7 +95,10 @@ class Trainer:
     def save(self, val_loss: float | None = None) -> None:
         """A checkpoint of the steps done; all ranks call it. val_loss: of these, where it was computed."""
         # A stop drops a batch that has come already.
-        state: dict[str, Any] = {"loader": {**self.loader.state_dict(), "step": self.step}}
+        state: dict[str, Any] = {
+            "loader": {**self.loader.state_dict(), "step": self.step},
+            "skipped": self.skipped.state_dict(),
+        }
         if val_loss is not None and math.isfinite(val_loss):
             state["val_loss"] = val_loss
         with span("checkpoint"):
@@ -119,7 +123,7 @@ class Trainer:
                     return False
                 assert parts is not None
                 self._step(parts, throughput, sinks)
-                with throughput.paused():
+                with throughput.aside():
                     profiler.step()
         return True
 
@@ -188,7 +192,7 @@ class Trainer:
         with span("optimizer"):
             squares = gradient_squares(self.model) if observe else {}
             norm = nn.utils.clip_grad_norm_(self.trained, config.optim.clip_norm)
-            finite = self._send_numbers({**losses, "grad_norm": norm, **squares}, parts, rate)
+            finite = self._send_numbers({**losses, "grad_norm": norm}, squares, parts, rate)
             step_if_finite(self.optimizer, finite)
             self.model.clamp_logit_scale()
             self.optimizer.zero_grad(set_to_none=True)
@@ -210,15 +214,17 @@ class Trainer:
             losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _send_numbers(self, numbers: dict[str, Tensor], parts: list[Part], rate: float) -> Tensor:
-        """Average the numbers of a step over ranks, in one all-reduce; whether all of them are finite."""
-        full = [x.full_tensor() if isinstance(x, DTensor) else x for x in numbers.values()]
+    def _send_numbers(
+        self, numbers: dict[str, Tensor], observed: dict[str, Tensor], parts: list[Part], rate: float
+    ) -> Tensor:
+        """Average the numbers of a step over ranks, in one all-reduce; whether `numbers` (not `observed`) are finite."""
+        every = numbers | observed
+        full = [x.full_tensor() if isinstance(x, DTensor) else x for x in every.values()]
         # The device: with --cpu-offload gradients have their norms on the host.
         own = torch.stack([x.detach().to(self.ranks.device, torch.float32).reshape(()) for x in full])
         means = self.ranks.mean(own.clone())
         keys = [key for part in parts for key in part.batch.keys]
-        self.in_flight.send(self.step, keys, rate, list(numbers), means, own)
-        return means.isfinite().all()
+        return self.in_flight.send(self.step, keys, rate, list(every), means, own, observed=len(observed))
 
     def _settle(
         self,
@@ -233,11 +239,10 @@ class Trainer:
         more: numbers of this step that are on the host already.
         """
         for record in self.in_flight.arrived(everything=everything):
-            finite = self.skipped.see(record)
+            self.skipped.see(record)
             if throughput is not None and record.step + 1 == self.step:
-                means = to_norms(record.means)
-                values = {name: value for name, value in means.items() if finite or math.isfinite(value)}
-                values |= {name: value for name, value in more.items() if math.isfinite(value)}
+                found = {**to_norms(record.means), **more}
+                values = {name: value for name, value in found.items() if math.isfinite(value)}  # JSON has no NaN
                 values |= {"learning_rate": record.learning_rate, **throughput.report(self.step)}
                 if self.skipped.total:
                     values["skipped_steps"] = self.skipped.total

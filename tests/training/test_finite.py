@@ -1,6 +1,7 @@
 """What is said of steps that are not finite, by which rank, and how many are too many."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,23 @@ def _ranks(rank: int, bad: tuple[bool, ...] = (False,) * 3) -> Ranks:
 
 
 def _record(step: int, mean: float = NAN, own: float = 2.0) -> Record:
-    return Record(step, KEYS, 1e-3, {"loss": mean, "grad_norm": mean}, {"loss": own, "grad_norm": own})
+    means, mine = {"loss": mean, "grad_norm": mean}, {"loss": own, "grad_norm": own}
+    return Record(step, KEYS, 1e-3, means, mine, finite=math.isfinite(mean))
+
+
+def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Stops between bad steps do not give a run that has diverged a new allowance each time."""
+    before = SkippedSteps(2, tmp_path, _ranks(0))
+    for step in range(2):
+        before.see(_record(step))
+    after = SkippedSteps(2, tmp_path, _ranks(0))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    with pytest.raises(NonFiniteLoss, match="The 3 steps up to it"):
+        after.see(_record(2))
+    assert after.total == 3
+    old = SkippedSteps(2, tmp_path, _ranks(0))
+    old.load_state_dict({})
+    assert old.total == old.in_a_row == 0
 
 
 def test_finite_numbers_pass(tmp_path: Path) -> None:

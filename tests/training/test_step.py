@@ -1,4 +1,4 @@
-"""What a step leaves alone (locked parts and the momentum model stay as at inference), and that it waits for nothing."""
+"""What a step leaves alone (locked parts and the momentum model are as at inference), and that it waits for nothing."""
 
 import dataclasses
 from contextlib import nullcontext

@@ -142,6 +142,25 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert not torch.equal(after["model.logit_scale"], later["model.logit_scale"])
 
 
+def test_skipped_steps_are_counted_across_a_resume(
+    twelve_products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1, 3 and 4 are skipped; the checkpoint stands between them. Lines and weights are the unbroken run's."""
+    _poison(monkeypatch, 1, 3, 4)
+    changes = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 9}
+    runs = [tmp_path / "straight", tmp_path / "broken"]
+    for run in runs:
+        assert train(_config(twelve_products, run, **changes), ALONE)
+    for later in (4, 6):
+        shutil.rmtree(runs[1] / "checkpoints" / f"step_0000000{later}")
+    assert train(_config(twelve_products, runs[1], resume=True, **changes), ALONE)
+    lines = [[{k: line.get(k) for k in ("step", "skipped_steps", *LOSSES)} for line in metrics_lines(r)] for r in runs]
+    assert lines[0] == lines[1]
+    assert [line["skipped_steps"] for line in lines[1]] == [None, 1, 1, 2, 3, 3]
+    ends = [_tensors(run / "checkpoints" / "step_00000006") for run in runs]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds."""
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata

@@ -51,17 +51,10 @@ class Throughput:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around what is no part of training: the rates do not count its time."""
+        """Around what is no part of training, as validation and the writing of a profile: no rate counts its time."""
         began = time.perf_counter()
         yield
         self._reported_at += time.perf_counter() - began
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is no part of training, as the writing of a profile."""
-        began = time.perf_counter()
-        yield
-        self._apart_seconds += time.perf_counter() - began
 
     @contextmanager
     def taking(self, step: int) -> Iterator[None]:

@@ -69,7 +69,7 @@ def test_a_pause_is_no_part_of_a_rate(clock: Clock) -> None:
     throughput = Throughput(BatchSchedule.constant(8), 10, 0, CPU)
     clock.take(throughput, 0, 4.0)
     clock.take(throughput, 1, 2.0)
-    with throughput.paused():
+    with throughput.aside():
         clock.now += 30.0
     assert throughput.report(2)["pairs_per_second"] == pytest.approx(4.0)
 
