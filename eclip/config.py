@@ -44,17 +44,21 @@ class DataConfig:
     demo_image_size: int = 160
     """Side of the embedded catalogue's composed images, pixels."""
     demo_images_per_product: int = 40
+    """Composed images of each product."""
     demo_products: int | None = None
     """Pack only so many products of the embedded catalogue."""
     decoder: Literal["auto", "dali", "torch"] = "auto"
     """JPEG decode and augmentation: DALI, or a DCT-scaled decode in workers; auto takes the faster installed."""
     num_workers: int = 1
+    """Processes of each rank that decode; 0: the training process does."""
     stall_seconds: int = 300
     """How long a batch may take before the run stops and says what its data workers do; 0: without limit."""
     max_tokens: int = 55
+    """Titles are cut to so many pieces, [CLS] and [SEP] among them."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area share of the random resized crop."""
     flip: bool = True
+    """Mirror half of the images."""
 
     RULES: ClassVar[dict[str, Rule]] = {
         "demo_image_size": Rule(low=32, high=512, why="the embedded views have 192 px"),
@@ -79,22 +83,26 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: Literal["adamw", "apex_adam", "muon"] = "adamw"
-    """`adamw` is PyTorch's fused one, `apex_adam` NVIDIA apex's FusedAdam where it is built in, `muon` takes Muon for
-    the matrices of the blocks and AdamW for the rest."""
+    """PyTorch's fused AdamW, NVIDIA apex's FusedAdam where it is built in, or Muon for the matrices of the blocks and
+    AdamW for the rest."""
     learning_rate: float = 1e-4
+    """The highest, after the warm-up."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """With --batch-schedule: the learning rate is that of the largest batch; a step with a share s of it takes 1,
-    sqrt(s) or s times as much."""
+    """With --batch-schedule: the rate is that of the largest batch; a step with a share s of it takes 1, sqrt(s) or s
+    times as much."""
     tower_learning_rate_scale: float = 1.0
-    """Factor on the learning rate of both encoders' towers (slowly tuned pretrained towers)."""
+    """Factor on the learning rate of both towers (slowly tuned pretrained ones)."""
     layer_decay: float = 1.0
     """Factor on the learning rate from each block of a tower to the one below it (BEiT, MAE)."""
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.98
     warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine"] = "linear"
+    """How it falls to 0 afterwards."""
     clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
 
     RULES: ClassVar[dict[str, Rule]] = {
         **dict.fromkeys(("learning_rate", "clip_norm"), POSITIVE),
@@ -111,62 +119,48 @@ class OptimConfig:
 class RunConfig:
     """One training run."""
 
+    # The run.
     preset: PresetName = "demo"
     """Where every value below starts; other flags override it."""
     run_dir: Path = Path("runs/demo")
+    """Folder of all that the run writes."""
+    seed: int = 0
+    """Of weights, data order, crops and prompts."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint of run_dir (from step 0 when there is none)."""
+    overwrite: bool = False
+    """Without --resume: delete what an earlier run wrote to run_dir instead of refusing (runs/debug needs no flag)."""
+
+    # How many steps of which size.
     steps: int = 1000
-    """Optimizer steps in all; with --epochs or --fit-steps they are computed. 0, with --start-from, trains nothing."""
+    """Optimizer steps in all; 0, with --start-from, trains nothing."""
     epochs: float | None = None
     """Passes over the catalogue, instead of --steps: the steps are computed from its size at the start."""
+    fit_steps: bool = False
+    """Compute the steps from the number of products: 30 passes, 10,000 steps at most."""
+    fit_warmup: bool = False
+    """Compute the warm-up from the steps: a twentieth."""
     global_batch_size: int = 64
     """Products of a step, over all ranks."""
     fit_batch: int = 0
-    """Take the global batch from the number of products, up to this; 0: as given."""
-    fit_steps: bool = False
-    """Take the steps from the number of products."""
-    fit_warmup: bool = False
-    """Take the warm-up from the number of steps."""
+    """Instead, a quarter of the products as a power of two, from 16 to this number; 0: as --global-batch-size says."""
     batch_schedule: str | None = None
-    """Sizes of the global batch from given steps on, e.g. 0:1024,2000:4096, instead of --global-batch-size."""
+    """Instead, sizes from given steps on, e.g. 0:1024,2000:4096."""
     micro_batch: int | None = None
-    """Products that a rank takes at a time. Memory is that of so many; the gradients are still the global batch's, for
+    """Products that a rank takes at a time: memory is that of so many, gradients are exactly the global batch's, for
     one more forward pass of the encoders. None: a rank's whole share at once."""
-    seed: int = 0
-    resume: bool = False
-    """Continue from the newest complete checkpoint of run_dir (from step 0 when there is none)."""
-    overwrite: bool = False
-    """Without --resume: delete what an earlier run wrote to run_dir instead of refusing (runs/debug needs no flag)."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; one is also written after the last step and at SIGTERM, SIGINT and SIGUSR1."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk."""
-    validate_every: int = 0
-    """Steps between losses of the val split, and one at the end; a step with the lowest so far is saved, and the best
-    checkpoint kept beside the newest. 0: never."""
-    async_checkpoints: bool = False
-    """Write checkpoints in the background, from a copy in host memory, while training goes on."""
-    max_nonfinite_steps: int = 10
-    """Steps in a row whose loss or gradients are NaN or infinite, which are skipped, before the run stops; 0: stop at
-    the first."""
-    profile: bool = False
-    """Trace five steps into run_dir/profile: a chrome trace and a table."""
-    log_every: int = 10
-    tensorboard: bool = False
-    """Also write TensorBoard events to run_dir (needs the package tensorboard)."""
-    wandb: str | None = None
-    """Also send metrics to this Weights & Biases project (needs the package wandb)."""
-    evaluate: bool = True
-    """Evaluate on the test split when training ends."""
+
+    # Where weights begin, and which of them learn.
     start_from: Path | None = None
-    """Run folder of a trained ECLIP whose weights, tokenizer and model settings this run begins with; optimizer and
-    steps are new."""
+    """Run folder of a trained ECLIP: its weights, tokenizer and model settings; optimizer and steps are new."""
     image_weights: Path | None = None
     """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
     text_weights: Path | None = None
     """Local safetensors file (Hugging Face BERT names) that initialises the text tower."""
     image_tower: str | None = None
-    """Which tower of a file of several: the beginning of its tensors' names (student, teacher)."""
+    """Which tower of an --image-weights file of several: the beginning of its tensors' names (student, teacher)."""
     text_tower: str | None = None
+    """The same of --text-weights."""
     vocab_file: Path | None = None
     """BERT vocab.txt; without it WordPiece is trained on the catalogue's text."""
     cased: bool = False
@@ -174,16 +168,43 @@ class RunConfig:
     lock_image: bool = False
     """Keep the image tower's weights; only what follows it is trained."""
     lock_text: bool = False
+    """Keep the text tower's weights."""
     unlock_last: int = 0
     """Of a locked tower, train the last N blocks and what follows them all the same."""
     cache_features: bool = False
     """With a locked image tower: compute its features once into a memory map and train from them."""
     cached_views: int = 1
     """Augmented views of each image in the feature cache."""
+
+    # What is saved, and what is measured.
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written after the last step and at SIGTERM, SIGINT and SIGUSR1."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background, from a copy in host memory, while training goes on."""
+    validate_every: int = 0
+    """Steps between losses of the val split, and one at the end; the checkpoint with the lowest is kept beside the
+    newest. 0: never."""
+    evaluate: bool = True
+    """Evaluate on the test split when training ends."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to run_dir (needs the package tensorboard)."""
+    wandb: str | None = None
+    """Also send metrics to this Weights & Biases project (needs the package wandb)."""
+    profile: bool = False
+    """Trace steps 6 to 10 of a start (the last five of a shorter one) into run_dir/profile: a chrome trace, a table."""
+
+    # Precision, and what ends a run.
     bf16: bool = True
     """bfloat16 autocast on GPU; CPU runs stay in float32."""
+    max_nonfinite_steps: int = 10
+    """A step whose loss or gradient is NaN or infinite is skipped; more than so many in a row end the run."""
     rank_timeout_seconds: int = 600
     """How long the ranks wait for a silent one in a collective before the run stops and names it."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -191,9 +212,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     RULES: ClassVar[dict[str, Rule]] = {
-        **dict.fromkeys(
-            ("checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE
-        ),
+        **dict.fromkeys(("checkpoint_every", "log_every", "cached_views", "rank_timeout_seconds"), ONE_OR_MORE),
         "global_batch_size": Rule(low=2, why="contrast needs two products"),
         "epochs": POSITIVE,
         "steps": ZERO_OR_MORE,
@@ -234,8 +253,8 @@ class RunConfig:
         )
         require(
             not (self.unlock_last and self.cache_features),
-            f"--unlock-last {self.unlock_last} with --cache-features: the cache holds outputs of the whole tower, whose "
-            f"last blocks would train; use --no-cache-features",
+            f"--unlock-last {self.unlock_last} with --cache-features: the cache holds what the locked tower gives, and "
+            f"its last blocks would train; use --no-cache-features",
         )
         self.schedule  # noqa: B018 (raises for a schedule that cannot be read)
         require(self.wandb != "", "wandb='': give the project's name, --wandb NAME")

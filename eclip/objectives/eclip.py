@@ -47,7 +47,8 @@ class EclipObjective(Objective):
         if global_batch_size < num_queries:
             raise ValueError(
                 f"global_batch_size={global_batch_size} cannot prompt {num_queries} queries with distinct products; "
-                f"set --global-batch-size to at least {num_queries} or lower --num-queries"
+                f"set --global-batch-size, or every size of --batch-schedule, to at least {num_queries} or lower "
+                f"--num-queries"
             )
 
     def weights(self, step: int) -> dict[str, float]:

@@ -78,7 +78,7 @@ def shard(
     double = any(p.dtype == torch.float64 for p in root.parameters())
     reduce_dtype = torch.float64 if double else torch.float32
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-    # Inputs are not cast: autocast does that where it helps, and the residual stream stays in float32.
+    # Inputs are not cast: autocast does that where it helps, and the residual stream keeps its own dtype (--residual).
     policy = MixedPrecisionPolicy(param_dtype=block_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for name, module in list(root.named_modules()):
         if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
