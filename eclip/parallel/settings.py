@@ -45,3 +45,7 @@ class ComputeConfig:
             self.shard != "none" or not self.cpu_offload,
             "--cpu-offload with --shard none: only sharded parameters can lie in host memory; use --shard full",
         )
+        require(
+            self.shard != "none" or self.reshard,
+            "--no-reshard with --shard none: every rank keeps whole parameters already; leave one of them out",
+        )

@@ -8,6 +8,7 @@ Gradients are means over the ranks in each, and parameters after a step those of
 """
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,7 +42,8 @@ def spread(
     machines apart.
     """
     if ranks.mesh is None:
-        _say_idle(settings, ranks, "one process has nothing to shard")
+        flags = {"--shard hybrid": settings.shard == "hybrid", "--no-reshard": not settings.reshard}
+        _say_idle({**flags, "--cpu-offload": settings.cpu_offload}, ranks, "one process has nothing to shard")
         return root
     if settings.shard == "none":
         # What is locked, the momentum model too, has no gradient to average; buffers never change. Each backward pass
@@ -52,7 +54,7 @@ def spread(
     mesh = _machines(ranks) if settings.shard == "hybrid" else ranks.mesh
     offload = settings.cpu_offload and ranks.device.type != "cpu"
     if not offload:
-        _say_idle(settings, ranks, "the ranks are on CPUs, whose memory it is already")
+        _say_idle({"--cpu-offload": settings.cpu_offload}, ranks, "the ranks are on CPUs, whose memory it is already")
     shard(root, mesh, block_dtype=block_dtype, reshard=settings.reshard, offload=offload)
     return root
 
@@ -122,6 +124,8 @@ def _machines(ranks: Ranks) -> DeviceMesh:
     return init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("machine", "shard"))
 
 
-def _say_idle(settings: ComputeConfig, ranks: Ranks, why: str) -> None:
-    if settings.cpu_offload and ranks.is_main:
-        say(f"--cpu-offload has nothing to do: {why}")
+def _say_idle(flags: Mapping[str, bool], ranks: Ranks, why: str) -> None:
+    """flags: whether each was given."""
+    for flag, given in flags.items():
+        if given and ranks.is_main:
+            say(f"{flag} has nothing to do: {why}")

@@ -107,10 +107,18 @@ def test_alone_there_is_nothing_to_spread(
 ) -> None:
     step = Step(*build("nothing"))
     assert spread(step, ALONE, ComputeConfig(shard=shard)) is step
-    assert not capsys.readouterr().out
+    said = "--shard hybrid has nothing to do: one process has nothing to shard\n" if shard == "hybrid" else ""
+    assert capsys.readouterr().out == said
     with last_backward(step, False):
         step("rows", torch.ones(4, 6, dtype=torch.float64), None, 1.0)["total"].backward()
     assert isinstance(step.model.text_projection.weight, nn.Parameter)
     if shard != "none":
         spread(step, ALONE, ComputeConfig(shard=shard, cpu_offload=True))
         assert "nothing to do: one process" in capsys.readouterr().out
+        spread(step, ALONE, ComputeConfig(shard=shard, reshard=False))
+        assert "--no-reshard has nothing to do: one process has nothing to shard\n" in capsys.readouterr().out
+
+
+def test_without_sharding_there_is_nothing_to_gather_again() -> None:
+    with pytest.raises(ValueError, match="^--no-reshard with --shard none: .*leave one of them out$"):
+        ComputeConfig(shard="none", reshard=False)
