@@ -14,6 +14,7 @@ from eclip.dataloading.system.console import say
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.watch import PeerFailed
 from eclip.training.flight import Record
+from eclip.training.metrics.gradients import is_of_part, to_norms
 
 
 class NonFiniteLoss(RuntimeError):
@@ -56,14 +57,14 @@ class SkippedSteps:
             self._end(path, record)
         if self.ranks.is_main:
             again = f"{self.in_a_row} in a row; " if self.in_a_row > 1 else ""
-            say(f"step {record.step}: {_numbers(record.means)}: skipped ({again}its images are in {path})")
+            say(f"step {record.step}: {_numbers(record)}: skipped ({again}its images are in {path})")
         return False
 
     def _write(self, path: Path, record: Record) -> None:
         report = {
             "step": record.step,
-            "mean": _as_json(record.means),
-            "rank": _as_json(record.own),
+            "mean": _as_json(to_norms(record.means)),
+            "rank": _as_json(_of_every_step(record.own)),
             "keys": list(record.keys),
         }
         with suppress(OSError):  # a full disk must not hide what happened
@@ -77,14 +78,19 @@ class SkippedSteps:
         shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
         row = f"the {self.in_a_row} steps up to it were not finite either and " if self.in_a_row > 1 else "it "
         raise NonFiniteLoss(
-            f"step {record.step}: {_numbers(record.means)}. Images of rank {self.ranks.rank}: {shown} ({len(keys)} in "
+            f"step {record.step}: {_numbers(record)}. Images of rank {self.ranks.rank}: {shown} ({len(keys)} in "
             f"{path}). {row[0].upper()}{row[1:]}changed no weight (--max-nonfinite-steps {self.limit}), and the newest "
             f"checkpoint is whole; lower --learning-rate or --clip-norm, or use --no-bf16"
         )
 
 
-def _numbers(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+def _numbers(record: Record) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in _of_every_step(record.means).items())
+
+
+def _of_every_step(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Without the gradients of the model's parts, which a log line alone has, and a rank's own only squares of."""
+    return {name: value for name, value in numbers.items() if not is_of_part(name)}
 
 
 def _as_json(numbers: Mapping[str, float]) -> dict[str, float | str]:

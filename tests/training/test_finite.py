@@ -37,6 +37,18 @@ def _record(step: int, mean: float = NAN, own: float = 2.0) -> Record:
     return Record(step, KEYS, 1e-3, means, mine, finite=math.isfinite(mean))
 
 
+def test_gradients_of_parts_are_norms_in_the_file_and_not_in_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which part's gradient is no number; the message stays one that can be read."""
+    means = {"loss": 1.0, "grad_norm": NAN, "grad_square/decoder": 4.0, "grad_square/heads": NAN}
+    SkippedSteps(2, tmp_path, _ranks(0)).see(Record(3, KEYS, 1e-3, means, means, finite=False))
+    assert "step 3: loss 1, grad_norm nan: skipped" in capsys.readouterr().out
+    report = json.loads((tmp_path / "nonfinite_step3_rank0.json").read_text())
+    assert report["mean"] == {"loss": 1.0, "grad_norm": "nan", "grad_norm/decoder": 2.0, "grad_norm/heads": "nan"}
+    assert report["rank"] == {"loss": 1.0, "grad_norm": "nan"}
+
+
 def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Stops between bad steps do not give a run that has diverged a new allowance each time."""
     before = SkippedSteps(2, tmp_path, _ranks(0))

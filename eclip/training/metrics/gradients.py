@@ -82,6 +82,11 @@ def to_norms(means: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def is_of_part(name: str) -> bool:
+    """Whether a number is of `gradient_squares`."""
+    return name.startswith(_SQUARE)
+
+
 def gradient_norms(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     """Norms "grad_norm/PART" (), on every rank, by an all-reduce of its own: for who has no other to join."""
     squares = gradient_squares(model)

@@ -70,6 +70,9 @@ class StepProfiler:
             return
         self._profile.on_trace_ready = None
         self._profile.__exit__(None, None, None)
+        if kind is None:
+            passed = self.passed_over + WARM_UP
+            say(f"--profile: no trace: {self._steps} steps of this start, of which the first {passed} are passed over")
 
     def _write(self, found: profile) -> None:
         self.written = True

@@ -66,9 +66,14 @@ def test_a_run_that_breaks_off_keeps_no_trace(tmp_path: Path, taken: int) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_stopped_before_the_traced_steps_writes_none(tmp_path: Path) -> None:
-    take_steps(StepProfiler(tmp_path, ALONE, on=True, steps=20), 3)
+@pytest.mark.parametrize("planned, taken, passed", [(20, 3, 5), (20, 5, 5), (1, 1, 1), (0, 0, 1)])
+def test_a_run_that_ends_before_the_traced_steps_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], planned: int, taken: int, passed: int
+) -> None:
+    """Stopped, or too short: a flag does not do nothing without a word."""
+    take_steps(StepProfiler(tmp_path, ALONE, on=True, steps=planned), taken)
     assert not list(tmp_path.iterdir())
+    assert f"no trace: {taken} steps of this start, of which the first {passed} are passed" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
