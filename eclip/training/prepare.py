@@ -108,9 +108,7 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     if config.validate_every:
         ranks.from_main(lambda: open_val(config))
     record, notes = ranks.from_main(lambda: _data_record(config, index))
-    notes = sizes + notes
-    if config.schedule.largest > index.num_products:
-        notes += (_repeated_products(config, index),)
+    notes = sizes + notes + _batch_notes(config, index.num_products)
     checkpoint = None
     if saved is not None:
         record, changed = ranks.from_main(lambda: _check_same_data(config.run_dir, record))
@@ -159,13 +157,21 @@ def _check_run_dir(config: RunConfig) -> RunConfig | None:
     return None
 
 
-def _repeated_products(config: RunConfig, index: ShardIndex) -> str:
+def _batch_notes(config: RunConfig, products: int) -> tuple[str, ...]:
+    """Lines on batches with a product twice, and on sizes of a schedule that no step has."""
     given = config.batch_schedule
-    size, flag = ("global_batch_size", "--global-batch-size") if given is None else ("batch", "--batch-schedule")
-    return (
-        f"{size}={config.schedule.largest} of {index.num_products} products: a product meets itself in every step, as "
-        f"if it were another one; {flag} with {index.num_products} or less avoids that"
-    )
+    notes: tuple[str, ...] = ()
+    name, flag = ("global_batch_size", "--global-batch-size") if given is None else ("batch", "--batch-schedule")
+    size = config.schedule.until(config.steps).largest
+    if size > products:
+        notes += (
+            f"{name}={size} of {products} products: a product meets itself in every step, as if it were another one; "
+            f"{flag} with {products} or less avoids that",
+        )
+    later = next((first for first, _ in config.schedule.entries if first >= max(1, config.steps)), None)
+    if later is not None:
+        notes += (f"--batch-schedule {given}: the run ends after {config.steps} steps, before it is at step {later}",)
+    return notes
 
 
 def single_image_note(index: ShardIndex, config: RunConfig) -> str | None:

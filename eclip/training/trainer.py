@@ -217,7 +217,7 @@ class Trainer:
     def _send_numbers(
         self, numbers: dict[str, Tensor], observed: dict[str, Tensor], parts: list[Part], rate: float
     ) -> Tensor:
-        """Average the numbers of a step over ranks, in one all-reduce; whether `numbers` (not `observed`) are finite."""
+        """Average a step's numbers over ranks, in one all-reduce; whether `numbers` are finite (not `observed`)."""
         every = numbers | observed
         full = [x.full_tensor() if isinstance(x, DTensor) else x for x in every.values()]
         # The device: with --cpu-offload gradients have their norms on the host.

@@ -111,6 +111,20 @@ def test_a_batch_larger_than_the_catalogue_is_said(
         assert said == (size == 10)
 
 
+def test_sizes_of_a_schedule_that_no_step_has_are_said(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A size above the catalogue's is no matter where the run ends before it."""
+    for steps in (2, 3):
+        config = make_config(data_dir, tmp_path / str(steps), steps=steps, batch_schedule="0:8,2:10,5:12")
+        assert train(config, ALONE)
+        said = capsys.readouterr().out
+        assert ("batch=10 of 9 products" in said) == (steps == 3)
+        assert f"the run ends after {steps} steps, before it is at step {2 if steps == 2 else 5}" in said
+    assert train(make_config(data_dir, tmp_path / "all", steps=3, batch_schedule="0:4,2:8"), ALONE)
+    assert "the run ends" not in capsys.readouterr().out
+
+
 def test_training_is_told_of_products_with_one_image(tmp_path: Path) -> None:
     index = ShardIndex.open(make_split(tmp_path / "one", products=3, images=1, tars=1), "train")
     config = make_config(tmp_path / "one", tmp_path, lock_image=True, lock_text=True, cache_features=True)
