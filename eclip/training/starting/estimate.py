@@ -147,7 +147,10 @@ class _Fit:
         fitting = next((flags for flags, changed in ways if need(changed) <= room), None)
         if fitting is not None:
             return f"{fitting} fits"
-        return "no --micro-batch fits: a smaller model, --lock-image --lock-text, or more GPUs (--shard full) would"
+        return (
+            "no --micro-batch fits: a smaller --global-batch-size or model, --lock-image --lock-text, or more GPUs "
+            "(--shard full) would"
+        )
 
 
 def _smaller(config: RunConfig, world_size: int) -> list[int]:

@@ -62,7 +62,7 @@ def test_fewer_workers_are_the_mildest_way_out(data_dir: Path, monkeypatch: pyte
 
 
 def test_where_nothing_fits_that_is_said(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TooLarge, match="no --micro-batch fits: a smaller model, --lock-image"):
+    with pytest.raises(TooLarge, match="no --micro-batch fits: a smaller --global-batch-size or model, --lock-image"):
         check(PRESETS["vit_l16"], data_dir, monkeypatch, memory=2 * _GIB)
 
 
