@@ -32,11 +32,3 @@ def compile_blocks(root: nn.Module, *, backend: str = "inductor") -> int:
                 block.compile(backend=backend, dynamic=varies)
                 count += 1
     return count
-
-
-def seconds_compiling() -> float:
-    """Seconds that this process has spent compiling: most of a first step's."""
-    from torch._dynamo.utils import calculate_time_spent
-
-    spent: float = calculate_time_spent().get("total_wall_time", 0.0)
-    return spent

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from eclip.model.eclip import ECLIP
-from eclip.parallel.compiling import compile_blocks, seconds_compiling
+from eclip.parallel.compiling import compile_blocks
 from eclip.parallel.recompute import checkpoint_activations
 from tests.helpers import run_torchrun
 from tests.model.test_device_reads import everything, inputs
@@ -40,12 +40,10 @@ def test_gradients_are_the_same_and_blocks_are_whole(mode: str) -> None:
     plain = ECLIP(tiny()).double()
     compiled = copy.deepcopy(plain)
     checkpoint_activations(compiled, mode)
-    before = seconds_compiling()
     assert compile_blocks(compiled, backend="aot_eager") == 2 + 2 + 3
     assert list(compiled.state_dict()) == list(plain.state_dict())
     given = inputs("cpu")
     assert all(map(torch.equal, step(compiled, given, 7), step(plain, given, 7)))
-    assert seconds_compiling() > before
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2 + 3, "one a tower; the decoder's first block starts at zero, its last exports the map"
     tokens, _, *rest = given

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from eclip.parallel.ranks import Ranks
-
 PARTS = {
     "image_encoder": ("image_encoder",),
     "text_encoder": ("text_encoder",),
@@ -85,12 +83,3 @@ def to_norms(means: Mapping[str, float]) -> dict[str, float]:
 def is_of_part(name: str) -> bool:
     """Whether a number is of `gradient_squares`."""
     return name.startswith(_SQUARE)
-
-
-def gradient_norms(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Norms "grad_norm/PART" (), on every rank, by an all-reduce of its own: for who has no other to join."""
-    squares = gradient_squares(model)
-    if not squares:
-        return {}
-    means = ranks.mean(torch.stack(list(squares.values())))
-    return dict(zip((name.replace(_SQUARE, _NORM) for name in squares), means.sqrt().unbind(), strict=True))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eclip.model.eclip import ECLIP
-from eclip.training.metrics.gradients import PARTS, gradient_norms, gradient_squares, part_of, to_norms
+from eclip.parallel.ranks import Ranks
+from eclip.training.metrics.gradients import PARTS, gradient_squares, part_of, to_norms
 from tests.helpers import run_torchrun
 from tests.host_waits import DEVICE, no_host_waits
 from tests.model.tiny import tiny
@@ -20,6 +21,15 @@ def with_gradients(model: nn.Module, seed: int = 0) -> nn.Module:
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
     return model
+
+
+def gradient_norms(model: nn.Module, ranks: Ranks) -> dict[str, float]:
+    """As a run has them: squares, their means over ranks, on the host norms of these."""
+    squares = gradient_squares(model)
+    if not squares:
+        return {}
+    means = ranks.mean(torch.stack(list(squares.values())))
+    return to_norms(dict(zip(squares, means.tolist(), strict=True)))
 
 
 def plain(model: nn.Module, modules: tuple[str, ...]) -> float:
@@ -37,10 +47,10 @@ def test_each_part_by_a_plain_formulation() -> None:
     norms = gradient_norms(model, ALONE)
     assert list(norms) == [f"grad_norm/{part}" for part in PARTS]
     for part, modules in PARTS.items():
-        assert float(norms[f"grad_norm/{part}"]) == pytest.approx(plain(model, modules), rel=1e-5)
+        assert norms[f"grad_norm/{part}"] == pytest.approx(plain(model, modules), rel=1e-5)
     squares = gradient_squares(model)
     assert to_norms({name: float(value) for name, value in squares.items()} | {"loss": 2.0}) == pytest.approx(
-        {name: float(value) for name, value in norms.items()} | {"loss": 2.0}
+        norms | {"loss": 2.0}
     )
     total = nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert math.sqrt(sum(map(float, squares.values()))) == pytest.approx(float(total), rel=1e-5)
@@ -86,9 +96,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.sharding import shard
-from eclip.training.metrics.gradients import gradient_norms
 from tests.model.tiny import tiny
-from tests.training.metrics.test_gradients import with_gradients
+from tests.training.metrics.test_gradients import gradient_norms, with_gradients
 
 dist.init_process_group("gloo")
 world = dist.get_world_size()
@@ -108,7 +117,7 @@ for form in ("one", "none", "full", "hybrid"):
         shard(model, whole if form == "full" else init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b")))
         for p, gradient in zip(model.parameters(), gradients):
             p.grad = torch.distributed.tensor.distribute_tensor(gradient, p.device_mesh, p.placements)
-    found[form] = {name: float(norm) for name, norm in gradient_norms(model, ranks).items()}
+    found[form] = gradient_norms(model, ranks)
     model = p = None
     gc.collect()
 for form, norms in found.items():
