@@ -76,7 +76,7 @@ def inter_product_loss(
 def contrast(
     images: Tensor, texts: Tensor, scale: Tensor, kernels: str, group: dist.ProcessGroup | None, **options: Any
 ) -> Tensor:
-    """The contrastive loss of this rank's unit rows (B, D) against those of `group`; kernels: as in the model's settings.
+    """The contrastive loss of this rank's unit rows (B, D) against those of `group`; kernels: as the model has it.
 
     The kernels take autocast's dtype for the operands of their products: fp32 ones have no tensor cores. What matters,
     the sums and the pairs' own logits, is float32 inside. Raises ValueError for the reference on several ranks.
