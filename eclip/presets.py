@@ -173,7 +173,8 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.tra
         config, unknown = tyro.cli(
             RunConfig,
             prog=prog,
-            description="Train ECLIP. --preset is read first, every other flag overrides its value.",
+            description="Train ECLIP. --preset is read first, every other flag overrides its value; with --help it "
+            "shows that preset's.",
             args=arguments,
             default=_defaults(arguments),
             config=(tyro.conf.OmitArgPrefixes,),
