@@ -64,14 +64,14 @@ class SkippedSteps:
         report = {
             "step": record.step,
             "mean": _as_json(to_norms(record.means)),
-            "rank": _as_json(_of_every_step(record.own)),
+            "rank": _as_json(_own_losses(record)),
             "keys": list(record.keys),
         }
         with suppress(OSError):  # a full disk must not hide what happened
             path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
     def _end(self, path: Path, record: Record) -> None:
-        bad = self.ranks.gather(not all(math.isfinite(value) for value in record.own.values()))
+        bad = self.ranks.gather(not all(math.isfinite(value) for value in _own_losses(record).values()))
         if self.ranks.rank != (bad.index(True) if any(bad) else 0):
             raise PeerFailed(f"step {record.step}: not finite on another rank")
         keys = record.keys
@@ -85,12 +85,12 @@ class SkippedSteps:
 
 
 def _numbers(record: Record) -> str:
-    return ", ".join(f"{name} {value:.6g}" for name, value in _of_every_step(record.means).items())
+    return ", ".join(f"{name} {value:.6g}" for name, value in record.means.items() if not is_of_part(name))
 
 
-def _of_every_step(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Without the gradients of the model's parts, which a log line alone has, and a rank's own only squares of."""
-    return {name: value for name, value in numbers.items() if not is_of_part(name)}
+def _own_losses(record: Record) -> dict[str, float]:
+    """Gradients are averaged by then: one bad rank is the end of every rank's norm."""
+    return {name: value for name, value in record.own.items() if name != "grad_norm" and not is_of_part(name)}
 
 
 def _as_json(numbers: Mapping[str, float]) -> dict[str, float | str]:

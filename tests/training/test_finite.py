@@ -11,6 +11,7 @@ from eclip.parallel.ranks import Ranks
 from eclip.parallel.watch import PeerFailed
 from eclip.training.finite import NonFiniteLoss, SkippedSteps
 from eclip.training.flight import Record
+from tests.helpers import run_torchrun
 
 NAN = float("nan")
 KEYS = [f"p{i}/000.jpg" for i in range(10)]
@@ -33,7 +34,8 @@ def _ranks(rank: int, bad: tuple[bool, ...] = (False,) * 3) -> Ranks:
 
 
 def _record(step: int, mean: float = NAN, own: float = 2.0) -> Record:
-    means, mine = {"loss": mean, "grad_norm": mean}, {"loss": own, "grad_norm": own}
+    """The gradient, and so its norm, is the same on all ranks."""
+    means, mine = {"loss": mean, "grad_norm": mean}, {"loss": own, "grad_norm": mean}
     return Record(step, KEYS, 1e-3, means, mine, finite=math.isfinite(mean))
 
 
@@ -46,7 +48,7 @@ def test_gradients_of_parts_are_norms_in_the_file_and_not_in_the_line(
     assert "step 3: loss 1, grad_norm nan: skipped" in capsys.readouterr().out
     report = json.loads((tmp_path / "nonfinite_step3_rank0.json").read_text())
     assert report["mean"] == {"loss": 1.0, "grad_norm": "nan", "grad_norm/decoder": 2.0, "grad_norm/heads": "nan"}
-    assert report["rank"] == {"loss": 1.0, "grad_norm": "nan"}
+    assert report["rank"] == {"loss": 1.0}
 
 
 def test_counts_go_on_from_a_checkpoint(tmp_path: Path) -> None:
@@ -106,3 +108,44 @@ def test_past_the_limit_the_first_rank_at_fault_speaks_and_all_write(
         assert report["keys"] == KEYS
         assert report["mean"] == {"loss": "nan", "grad_norm": "nan"}  # JSON has no NaN
         assert report["rank"]["loss"] == ("inf" if bad[rank] else 2.0)
+
+
+BAD_RANK = """
+import os, sys
+from pathlib import Path
+from eclip.objectives.eclip import EclipObjective
+from eclip.parallel.ranks import find_ranks, part, start_ranks
+from eclip.parallel.watch import PeerFailed
+from eclip.train import train
+from eclip.training.finite import NonFiniteLoss
+from tests.training.run_folders import make_config
+
+right = EclipObjective.local_losses
+def wrong(self, model, batch, *rest, **options):
+    losses = right(self, model, batch, *rest, **options)
+    if os.environ["RANK"] == "1" and batch.part == 1 and batch.step in (1, 2):
+        losses["itm"] = losses["itm"] * float("nan")
+    return losses
+EclipObjective.local_losses = wrong
+
+ranks = start_ranks(find_ranks(timeout=120))
+config = make_config(Path(sys.argv[1]), Path(sys.argv[2]), steps=4, micro_batch=2, max_nonfinite_steps=1)
+try:
+    train(config, ranks)
+    raise AssertionError("it went on")
+except NonFiniteLoss as error:
+    assert ranks.rank == 1 and "Images of rank 1" in str(error), error
+except PeerFailed as error:
+    assert ranks.rank == 0, error
+part(ranks)
+"""
+
+
+def test_of_two_ranks_the_one_at_fault_speaks(twelve_products: Path, tmp_path: Path) -> None:
+    """One micro-batch of rank 1 makes every rank's gradient NaN, and the losses of rank 1 alone."""
+    output = run_torchrun(BAD_RANK, str(twelve_products), str(tmp_path), timeout=240)
+    assert output.count("skipped (its images are in") == 1
+    reports = [json.loads((tmp_path / f"nonfinite_step2_rank{rank}.json").read_text()) for rank in range(2)]
+    assert [report["rank"]["itm"] == "nan" for report in reports] == [False, True]
+    assert [report["mean"]["grad_norm"] for report in reports] == ["nan", "nan"]
+    assert not set(reports[0]["keys"]) & set(reports[1]["keys"])
