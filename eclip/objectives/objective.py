@@ -125,7 +125,11 @@ class Objective(ABC):
         kernels: str,
         group: dist.ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
-        """`pairs` of all rows of this rank, compared with all ranks'. scale, kernels: the model's."""
+        """`pairs` of all rows of this rank, compared with all ranks'. scale, kernels: the model's.
+
+        Rows of other ranks must be fetched here, with their gradients (`contrast` does), and the mean over ranks of
+        what is returned must be the loss of the global batch.
+        """
         images, texts = pairs["image"], pairs["text"]
         return {"itc": image_text_loss(images, texts, batch, self.config, scale=scale, kernels=kernels, group=group)}
 

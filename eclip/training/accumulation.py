@@ -66,15 +66,22 @@ def accumulate(
 def _pair_gradients(
     module: TrainStep, parts: Sequence[Part], found: Sequence[EncodedPart]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """The pair losses, and the gradient of their weighted sum in the pairs (B, D) and in the logit scale."""
+    """The pair losses, and the gradient of their weighted sum in the pairs (B, D) and in the logit scale.
+
+    Zeros where an objective's pair losses look at only some of them, or where it has none.
+    """
     objective, kernels = module.objective, module.model.config.kernels
     pairs = {name: rows.requires_grad_() for name, rows in _join([f.pairs for f in found]).items()}
     scale = found[0].scale.detach().clone().requires_grad_()
     labels = _Labels(parts)
     with module.autocast():
         losses = objective.pair_losses(pairs, labels, scale=scale, kernels=kernels, group=module.group)
+    inputs = [*pairs.values(), scale]
+    if losses:
         total = objective.weighted_sum(losses, parts[0].batch.step)
-    *gradients, scale_gradient = torch.autograd.grad(total, [*pairs.values(), scale])
+        *gradients, scale_gradient = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+    else:
+        *gradients, scale_gradient = (torch.zeros_like(x) for x in inputs)
     detached = {name: loss.detach() for name, loss in losses.items()}
     return {**detached, "logit_scale": scale.detach()}, dict(zip(pairs, gradients, strict=True)), scale_gradient
 

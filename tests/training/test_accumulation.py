@@ -11,7 +11,9 @@ from torch import Tensor
 
 from eclip.config import RunConfig
 from eclip.model.eclip import ECLIP
+from eclip.objectives.clip import ClipObjective
 from eclip.objectives.settings import ObjectiveConfig
+from eclip.objectives.views import View
 from eclip.presets import PRESETS
 from eclip.training.accumulation import accumulate
 from eclip.training.momentum import make_momentum
@@ -103,6 +105,33 @@ def test_what_waits_between_the_passes_is_no_graph_and_no_slice() -> None:
     for tensor in floats:
         assert not tensor.requires_grad
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+class _Unscaled(ClipObjective):
+    """A pair loss that knows no temperature, and looks at images alone."""
+
+    def pair_losses(self, pairs: dict[str, Tensor], *_: object, **__: object) -> dict[str, Tensor]:
+        return {"itc": (pairs["image"] @ pairs["image"].T).logsumexp(1).mean()}
+
+
+class _Uncoupled(ClipObjective):
+    """All its losses are means over rows."""
+
+    def pair_losses(self, *_: object, **__: object) -> dict[str, Tensor]:
+        return {}
+
+    def local_losses(self, model: object, batch: object, view: View, *_: object, **__: object) -> dict[str, Tensor]:
+        return {"itc": view.image.cls.square().mean()}
+
+
+@pytest.mark.parametrize("kind", [_Unscaled, _Uncoupled])
+def test_an_objective_may_couple_rows_in_its_own_way_or_not_at_all(kind: type[ClipObjective]) -> None:
+    step = _step(CONFIGS["clip"])
+    step.objective = kind(CONFIGS["clip"])
+    (whole, expected), (losses, found) = _take(step, 1), _take(step, 3)
+    torch.testing.assert_close(losses["loss"], whole["loss"], rtol=0, atol=1e-12)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-11, atol=1e-12)
 
 
 _RUNS = Path(__file__).parent / "accumulation_runs.py"

@@ -67,6 +67,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
         return optimizer.fresh_state(parameter)
     if isinstance(optimizer, MuonAdamW) and (state := optimizer.fresh_state(parameter)) is not None:
         return state
+    assert isinstance(optimizer, torch.optim.AdamW | MuonAdamW), f"what state does {type(optimizer).__name__} keep?"
     return {
         "step": torch.zeros((), device=parameter.device),  # fused: there, and not on the host
         "exp_avg": torch.zeros_like(parameter),
