@@ -120,6 +120,7 @@ def test_host_work_does_not_depend_on_device_collectives(tmp_path: Path) -> None
 
 STANDS_STILL = """
 import os, time
+from datetime import timedelta
 from eclip.parallel import ending
 from eclip.parallel.ranks import find_ranks, start_ranks
 
@@ -135,7 +136,7 @@ if ranks.is_main:
         print("did not wait for ever", flush=True)
     ranks.watch.store.set("seen", "")
 else:
-    ranks.watch.store.wait(["seen"])
+    ranks.watch.store.wait(["seen"], timedelta(seconds=60))  # the store's own limit is that of the vote
 ranks.watch.retire()
 os._exit(0)
 """

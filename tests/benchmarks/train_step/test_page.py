@@ -1,5 +1,6 @@
 """The benchmark's GPU part on a CPU, with its tiny model: from pytest to the page, as gpu.sh goes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ CHOSEN = "test_where or (test_micro_batch and 512) or test_large_batch or (test_
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    # pytest-benchmark writes nothing in a worker of xdist, and would take the program for one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def test_rows_of_the_step_come_to_the_page(tmp_path: Path) -> None:
