@@ -60,6 +60,7 @@ def update_momentum(model: nn.Module, momentum: nn.Module, decay: float, finite:
         if finite is None:
             torch._foreach_lerp_(targets, sources, 1 - decay)
         else:
+            # On a GPU a launch a parameter: foreach fuses weights of the parameters' own shapes alone.
             weight = finite.to(targets[0]) * (1 - decay)
             torch._foreach_lerp_(targets, sources, [weight] * len(targets))
     for target, source in zip(momentum.buffers(), model.buffers(), strict=True):

@@ -104,7 +104,8 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     config = _absolute(config)
     index = ShardIndex.open(config.data.data_dir, "train")
     config, sizes = resolve_sizes(config, index.num_products, ranks.world_size)
-    check_batches(config, ranks)
+    if config.fit_batch:  # any other size was checked before the catalogue was opened
+        check_batches(config, ranks)
     if config.validate_every:
         ranks.from_main(lambda: open_val(config))
     record, notes = ranks.from_main(lambda: _data_record(config, index))

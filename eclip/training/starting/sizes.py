@@ -1,8 +1,8 @@
 """Batch, steps and warm-up of a catalogue: pure functions of the number of products, for the presets of a shop.
 
 Contrast wants a batch that is large but meets each product rarely: a quarter of the catalogue, as a power of two. 30
-passes are a choice that was tried on one catalogue of 342 products only; `make train` takes 317 of its 121. With ten
-thousand steps at most, a large catalogue ends in fewer.
+passes are a choice that was tried on one catalogue of 342 products only; `make train` passes 317 times over its 121.
+With ten thousand steps at most, a large catalogue ends in fewer.
 """
 
 LEAST_PRODUCTS = 300
