@@ -102,33 +102,38 @@ class _Fit:
     def check(self) -> tuple[str, ...]:
         notes: tuple[str, ...] = ()
         if self.cuda:
-            free = torch.cuda.mem_get_info(self.ranks.device)[0]
-            notes += self._judge(self.device, free, "of GPU memory", "a rank")
-        ranks, left = self.ranks.local_size, available_memory()
+            notes += self._judge(self.device, torch.cuda.mem_get_info(self.ranks.device)[0], gpu=True)
+        left = available_memory()
         if left is None:  # the system does not say
             return notes
-        return notes + self._judge(self.host, left / ranks, "of memory", f"each of {ranks} ranks")
+        return notes + self._judge(self.host, left / self.ranks.local_size, gpu=False)
 
-    def _judge(self, need: Callable[[RunConfig], float], free: float, what: str, whose: str) -> tuple[str, ...]:
-        """Raise TooLarge, or a line, or nothing."""
-        config, needed = self.config, need(self.config)
+    def _judge(self, need: Callable[[RunConfig], float], free: float, *, gpu: bool) -> tuple[str, ...]:
+        """Raise TooLarge, or a line, or nothing, of a rank's share of the machine or (gpu) of its GPU."""
+        needed = need(self.config)
         if needed <= _CLOSE * free:
             return ()
-        alone = whose.endswith(" 1 ranks") or self.ranks.world_size == 1
-        line = f"about {needed / _GIB:.1f} GiB {what} are needed{'' if alone else f' by {whose}'}"
-        line += f", {free / _GIB:.1f} are free"
+        what = "of GPU memory" if gpu else "of memory"
+        line = f"about {needed / _GIB:.1f} GiB {what} are needed{self._by(gpu)}, {free / _GIB:.1f} are free"
         if needed > _SURELY * free:
-            raise TooLarge(f"{line}{self._parts(config, what)}; {self._way_out(need, free)}")
+            raise TooLarge(f"{line}{self._parts(gpu)}; {self._way_out(need, free)}")
         return (f"{line}: close; {self._way_out(need, free)} if it does not suffice",)
 
-    def _parts(self, config: RunConfig, what: str) -> str:
+    def _by(self, gpu: bool) -> str:
+        ranks = self.ranks
+        if ranks.world_size == 1 or (ranks.local_size == 1 and not gpu):
+            return ""
+        return " by a rank" if gpu else f" by each of {ranks.local_size} ranks"
+
+    def _parts(self, gpu: bool) -> str:
+        config = self.config
         states = state_bytes(config, self.shards) / _GIB
         loader = loader_bytes(config, self.ranks.world_size, on_gpu=self.cuda) / _GIB
         size = config.micro_batch or config.schedule.largest // self.ranks.world_size
         shown = f"model and optimizer {states:.1f}"
-        if not self.cuda or what == "of memory":
+        if not gpu:
             shown += f", {config.data.num_workers} data workers {loader:.1f}"
-        if not self.cuda or what != "of memory":
+        if gpu or not self.cuda:
             shown += f", the rest for {size} products at a time"
         return f" ({shown})"
 
