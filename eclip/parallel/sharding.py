@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eclip.dataloading.system.console import say
@@ -105,6 +106,11 @@ def last_backward(module: nn.Module, last: bool) -> AbstractContextManager[None]
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(last)
     return nullcontext()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter, gradient or moment, the whole of one that is not sharded; in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _machines(ranks: Ranks) -> DeviceMesh:

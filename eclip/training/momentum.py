@@ -5,9 +5,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from eclip.model.eclip import ECLIP
+from eclip.parallel.sharding import local_part
 
 
 def make_momentum(model: ECLIP) -> ECLIP:
@@ -56,7 +56,7 @@ def update_momentum(model: nn.Module, momentum: nn.Module, decay: float, finite:
     """
     pairs = [(m, p) for m, p in zip(momentum.parameters(), model.parameters(), strict=True) if m is not p]
     if pairs:
-        targets, sources = (list(part) for part in zip(*((_local(m), _local(p)) for m, p in pairs), strict=True))
+        targets, sources = ([local_part(tensor) for tensor in side] for side in zip(*pairs, strict=True))
         if finite is None:
             torch._foreach_lerp_(targets, sources, 1 - decay)
         else:
@@ -66,7 +66,3 @@ def update_momentum(model: nn.Module, momentum: nn.Module, decay: float, finite:
     for target, source in zip(momentum.buffers(), model.buffers(), strict=True):
         if target is not source:
             target.copy_(source)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -4,7 +4,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from eclip.parallel.sharding import local_part
 
 EPS = 1e-8
 
@@ -79,8 +80,8 @@ class ApexAdam(torch.optim.Optimizer):
             inner.update({key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}, step=count)
             for parameter in found:
                 view, state = self._view(parameter), self.state[parameter]
-                view.data, view.grad = _local(parameter), _local(cast(Tensor, parameter.grad))
-                self._inner.state[view] = {key: _local(state[key]) for key in ("exp_avg", "exp_avg_sq")}
+                view.data, view.grad = local_part(parameter), local_part(cast(Tensor, parameter.grad))
+                self._inner.state[view] = {key: local_part(state[key]) for key in ("exp_avg", "exp_avg_sq")}
         self._inner.step()
         for view in self._views.values():
             view.grad = None
@@ -95,23 +96,19 @@ class ApexAdam(torch.optim.Optimizer):
             if not state:
                 state.update(self.fresh_state(parameter))
             # An empty shard at the end of a list would keep apex from launching what stands before it.
-            if _local(parameter).numel():
+            if local_part(parameter).numel():
                 by_count.setdefault(int(state["step"]), []).append(parameter)
             state["step"] += 1
         return [(group, found, count) for count, found in by_count.items()]
 
     def _view(self, parameter: Tensor) -> nn.Parameter:
         if parameter not in self._views:
-            self._views[parameter] = nn.Parameter(_local(parameter))
+            self._views[parameter] = nn.Parameter(local_part(parameter))
         return self._views[parameter]
 
 
 def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return [[id(p) for p in group] for group in a] == [[id(p) for p in group] for group in b]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _line(error: Exception) -> str:
