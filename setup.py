@@ -52,6 +52,19 @@ setup(
     extras_require={
         "gpu": [DALI, "xformers>=0.0.35"],
         "towers": ["onnx>=1.16"],
+        # `eclip embed`, `eclip search` and `eclip serve`: the index, and the page with its API.
+        "serve": [
+            "fastapi>=0.115",
+            "jinja2>=3.1",
+            "lancedb>=0.40",
+            "pyarrow>=16",
+            "python-multipart>=0.0.18",
+            "uvicorn>=0.30",
+        ],
+        # `eclip export --onnx`.
+        "export": ["onnx>=1.16", "onnxruntime>=1.20", "onnxscript>=0.5"],
+        # What only the tests of the page want; they also want a Chromium.
+        "browser": ["httpx>=0.27", "playwright>=1.50"],
         # Noto for the letters of many scripts in the pictures; fonts of the system serve as well.
         "fonts": ["manimgx-fonts", "manimgx-fonts-cjk"],
         "dev": [

@@ -34,8 +34,8 @@ PREFETCH = 2  # batches ready ahead, for each worker
 _LONG_READ = 2.0  # seconds
 
 
-def _resized(opened: OpenedImage, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
-    """(size, size, 3) RGB: a box of an upright image, resized. Raises CorruptImageError."""
+def resize_box(opened: OpenedImage, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
+    """(size, size, 3) RGB: a box (pixels of the upright image), resized; decodes `opened`. Raises CorruptImageError."""
     width, height = opened.size
     with rejecting("cannot be decoded"):
         wanted = (math.ceil(width * size / (box[2] - box[0])), math.ceil(height * size / (box[3] - box[1])))
@@ -54,7 +54,7 @@ def decode_crop(data: bytes, size: int, box: tuple[float, float, float, float], 
 
     Raises CorruptImageError (a ValueError).
     """
-    pixels = _resized(open_image(data), box, size)
+    pixels = resize_box(open_image(data), box, size)
     return (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
 
 
@@ -64,7 +64,7 @@ def decode_square(data: bytes, size: int) -> Tensor:
     Boxes of the image scale by size/width and size/height. Raises CorruptImageError (a ValueError).
     """
     opened = open_image(data)
-    return torch.from_numpy(_resized(opened, (0, 0, *opened.size), size).transpose(2, 0, 1).copy())
+    return torch.from_numpy(resize_box(opened, (0, 0, *opened.size), size).transpose(2, 0, 1).copy())
 
 
 def image_bytes(size: int) -> int:

@@ -44,6 +44,10 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("presets",),
         ("training",),
         ("evaluate",),
+        ("inference",),
+        ("export",),
+        ("search",),
+        ("serve",),
         ("train",),
         ("cli",),
         ("__main__",),
@@ -61,7 +65,10 @@ REQUIRED = {
 }
 # Files that are all about one optional package import it at their top, and are themselves imported late.
 LATE = {"dali_pipeline": "nvidia"}
-OPTIONAL = {"apex", "nvidia", "onnx", "tensorboard", "transformers", "wandb", "xformers"}
+OPTIONAL = {
+    *("apex", "fastapi", "jinja2", "lancedb", "nvidia", "onnx", "onnxruntime", "onnxscript", "pyarrow", "pydantic"),
+    *("starlette", "tensorboard", "transformers", "uvicorn", "wandb", "xformers"),
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, bool]]:

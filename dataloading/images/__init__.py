@@ -10,7 +10,7 @@ The way of an image: bytes -> header -> pixels -> sRGB, or a CorruptImageError t
 
 from .corrupt import CorruptImageError, check_pixels, rejecting
 from .decode import OpenedImage, open_image, upright_rgb
-from .encode import MIN_SIDE, encode_image
+from .encode import MIN_SIDE, encode_image, file_formats, read_image_file
 from .headers import plain, plain_bytes
 
 __all__ = [
@@ -19,9 +19,11 @@ __all__ = [
     "OpenedImage",
     "check_pixels",
     "encode_image",
+    "file_formats",
     "open_image",
     "plain",
     "plain_bytes",
+    "read_image_file",
     "rejecting",
     "upright_rgb",
 ]

@@ -23,13 +23,13 @@ _FILES = (
 
 
 @cache
-def _file_formats() -> tuple[str, ...]:
-    """Those of _FILES that this Pillow has; it fails on the name of one that it has not."""
+def file_formats() -> tuple[str, ...]:
+    """The formats that are read from files: those of _FILES that this Pillow has; it fails on the name of another."""
     Image.init()
     return tuple(name for name in _FILES if name in Image.OPEN)
 
 
-def _read(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
     """The bytes of a regular file. Raises CorruptImageError; does not wait for a pipe or a device."""
     try:
         status = os.stat(path)
@@ -53,7 +53,7 @@ def encode_image(path: Path, *, short_side: int = 320, quality: int = 90) -> tup
 
     Returns the JPEG, its width and height. Raises CorruptImageError for whatever is wrong with this one image.
     """
-    picture = upright_rgb(open_image(_read(path), _file_formats()).image)
+    picture = upright_rgb(open_image(read_image_file(path), file_formats()).image)
     with rejecting("cannot be encoded"):
         if min(picture.size) < MIN_SIDE:
             raise CorruptImageError(f"smaller than {MIN_SIDE} px", f"{picture.width} x {picture.height} px")

@@ -1,0 +1,1 @@
+"""A catalogue made searchable: embedded into a LanceDB table, and asked by words, photo or region."""
