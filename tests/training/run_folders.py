@@ -36,9 +36,9 @@ def make_config(data_dir: Path, run_dir: Path, **changes: Any) -> RunConfig:
     return dataclasses.replace(base, **parts, **wanted)
 
 
-def make_run(data_dir: Path, run_dir: Path) -> Path:
-    """A run of 2 steps with checkpoints of both."""
-    assert train(make_config(data_dir, run_dir, checkpoint_every=1), ALONE)
+def make_run(data_dir: Path, run_dir: Path, **changes: Any) -> Path:
+    """A run of 2 steps with checkpoints of both; changes as in `make_config`."""
+    assert train(make_config(data_dir, run_dir, checkpoint_every=1, **changes), ALONE)
     return run_dir
 
 
