@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from eclip.config import RunConfig
 from eclip.dataloading.shards import ShardIndex
+from eclip.parallel.device import choose_device
 from eclip.training.checkpoint.run_folder import read_data_record
+
+__all__ = ["Catalogue", "NoSplit", "OtherData", "check_numbers", "choose_device"]
 
 
 class OtherData(ValueError):
@@ -33,26 +34,6 @@ def check_numbers(batch_size: int, limit: int | None, threshold: float | Literal
         raise ValueError(f"--limit {limit}: evaluate at least one product, or leave it out")
     if threshold != "auto" and not (math.isfinite(threshold) and 0 < threshold < 1):
         raise ValueError(f"--threshold {threshold}: the score maps lie in [0, 1]; give a number between, or auto")
-
-
-def choose_device(name: torch.device | str) -> torch.device:
-    """auto (a GPU when there is one), cpu, cuda or cuda:N. Raises ValueError for what this machine has not."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = str(name)
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and not (number.isascii() and number.isdigit())):
-        raise ValueError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
-        if int(number or 0):
-            raise ValueError(f"--device {name}: all CPU cores are one device; use cpu")
-        return torch.device("cpu")
-    if not count:
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
-    if int(number or 0) >= count:
-        raise ValueError(f"--device {name}: the last GPU here is cuda:{count - 1}")
-    return torch.device("cuda", int(number) if number else torch.cuda.current_device())
 
 
 @dataclass(kw_only=True)

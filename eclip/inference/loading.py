@@ -3,38 +3,55 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from eclip.evaluate.inputs import choose_device
 from eclip.inference.encoding import Encoder
 from eclip.inference.trained import DEFAULT_THRESHOLD, TrainedModel
 from eclip.objectives.objective import make_objective
-from eclip.training.checkpoint import Weights, Which, load_run
+from eclip.parallel.device import choose_device
+from eclip.weights.exported import is_exported, read_exported
+
+if TYPE_CHECKING:  # what reads checkpoints brings torch.distributed's, which an exported model does without
+    from eclip.training.checkpoint import Weights, Which
 
 
 def load(
     path: str | Path,
     device: torch.device | str = "auto",
     *,
-    which: Which = "newest",
-    weights: Weights = "model",
+    which: "Which" = "newest",
+    weights: "Weights" = "model",
 ) -> TrainedModel:
     """See `eclip.load`."""
     path, chosen = Path(path), choose_device(device)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give the folder of a run (--run-dir) or one that eclip export wrote")
+    if is_exported(path):
+        if (which, weights) != ("newest", "model"):
+            raise ValueError(
+                f"{path}: an exported folder holds one model, there is no {which} checkpoint with {weights} weights to "
+                f"choose; choose when exporting (eclip export --best, --weights momentum)"
+            )
+        model, facts, tokenizer = read_exported(path, chosen)
+        encoder = Encoder(model, tokenizer, max_tokens=facts.max_tokens, trains_decoder=facts.trains_decoder)
+        threshold = DEFAULT_THRESHOLD if facts.threshold is None else facts.threshold
+        return TrainedModel(encoder, source=str(path), threshold=threshold)
+    from eclip.training.checkpoint import load_run
+
     model, config, tokenizer = load_run(path, chosen, which=which, weights=weights)
     trained = make_objective(config.objective).trains_decoder
     encoder = Encoder(model, tokenizer, max_tokens=config.data.max_tokens, trains_decoder=trained)
-    return TrainedModel(encoder, source=str(path), threshold=_chosen_threshold(path))
+    threshold = chosen_threshold(path)
+    return TrainedModel(encoder, source=str(path), threshold=DEFAULT_THRESHOLD if threshold is None else threshold)
 
 
-def _chosen_threshold(path: Path) -> float:
+def chosen_threshold(path: Path) -> float | None:
     """What the run's evaluation chose on the val split for the instance map, where there was one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
         value = float(record["tables"]["grounding"]["settings"]["thresholds"]["instance"])
         if 0 <= value < 1:
             return value
-    return DEFAULT_THRESHOLD
+    return None

@@ -9,6 +9,7 @@
     signals.py      stop signals: noted in the loop, raised elsewhere
     watch.py        signs of life, failures and stops of the others, outside collectives
     ending.py       one line, by one rank, and the exit status
+    device.py       outside a run: the device that a user names
 
 A loss that is not finite (training/finite.py) and a loader that stalls (dataloading) end a run by this way too.
 """

@@ -4,7 +4,8 @@ Its model settings, its vocabulary and its weights are taken along: they mean no
 step and data order are new, and the momentum model begins as a copy. A run that has begun needs the other no more:
 its own folder holds all of it.
 
-What can be started from is a run folder. `open_start` and `load_start` are all that training knows of its form.
+What can be started from is a run's folder or an exported model. `open_start` and `load_start` are all that training
+knows of their form.
 """
 
 import dataclasses
@@ -19,9 +20,11 @@ from eclip.setting_rules import flag
 from eclip.training.checkpoint import load_run
 from eclip.training.checkpoint.files import find_checkpoint, list_checkpoints
 from eclip.training.checkpoint.run_folder import read_config, read_tokenizer
+from eclip.weights.exported import is_exported, read_exported
 
 # Of the tokenizer, and of the machine.
 _NOT_TAKEN = ("vocab_size", "kernels")
+_GIVE = "give the folder of a trained run, or one that eclip export wrote"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Start:
 def open_start(config: RunConfig) -> Start:
     """What --start-from names, read and checked to the last byte. Changes nothing.
 
-    Raises ValueError when it is not there, is no run, is damaged, is the run's own folder, or when its model is not the
-    one that `config` asks for.
+    Raises ValueError when it is not there, is neither a run nor an exported model, is damaged, is the run's own folder,
+    or when its model is not the one that `config` asks for.
     """
     path = config.start_from
     assert path is not None
@@ -45,23 +48,34 @@ def open_start(config: RunConfig) -> Start:
         raise ValueError(f"--start-from {path}: the run's own folder; continue it with --resume, or give another")
     if not path.is_dir():
         hint = "; `make train` trains the one that this preset begins with" if config.preset == "shop" else ""
-        raise ValueError(f"--start-from {path}: no such folder{hint}; give the folder of a trained run")
-    if not list_checkpoints(path):
-        raise ValueError(f"--start-from {path}: no checkpoint there; give the folder of a trained run")
+        raise ValueError(f"--start-from {path}: no such folder{hint}; {_GIVE}")
+    exported = is_exported(path)
+    if not exported and not list_checkpoints(path):
+        raise ValueError(f"--start-from {path}: no checkpoint there; {_GIVE}")
     try:
-        saved, found = read_config(path), find_checkpoint(path)
-        assert found is not None
-        tokenizer = read_tokenizer(path, found.state.get("tokenizer"))
+        start = _open_exported(path) if exported else _open_run(path)
     except ValueError as error:
         raise ValueError(f"--start-from {path}: {error}") from error
-    _require_same_model(path, saved.model, config.model)
-    return Start(path, saved.model, tokenizer)
+    _require_same_model(path, start.model, config.model)
+    return start
+
+
+def _open_exported(path: Path) -> Start:
+    _, facts, tokenizer = read_exported(path)
+    return Start(path, facts.model, tokenizer)
+
+
+def _open_run(path: Path) -> Start:
+    saved, found = read_config(path), find_checkpoint(path)
+    assert found is not None
+    return Start(path, saved.model, read_tokenizer(path, found.state.get("tokenizer")))
 
 
 def load_start(path: Path, model: ECLIP) -> None:
-    """Give `model`, new and on the CPU, the weights of the newest whole checkpoint. Raises ValueError."""
+    """Give `model`, new and on the CPU, the weights of the newest whole checkpoint, or of an exported model. Raises
+    ValueError."""
     try:
-        started, _, _ = load_run(path)
+        started = read_exported(path)[0] if is_exported(path) else load_run(path)[0]
     except ValueError as error:
         raise ValueError(f"--start-from {path}: {error}") from error
     model.load_state_dict(started.state_dict())
