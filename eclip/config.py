@@ -54,7 +54,7 @@ class DataConfig:
     stall_seconds: int = 300
     """How long a batch may take before the run stops and says what its data workers do; 0: without limit."""
     max_tokens: int = 55
-    """Titles are cut to so many pieces, [CLS] and [SEP] among them."""
+    """Titles are cut to so many pieces, begin and end ([CLS] and [SEP]) among them; SigLIP's are padded to as many."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area share of the random resized crop."""
     flip: bool = True
@@ -154,15 +154,18 @@ class RunConfig:
     start_from: Path | None = None
     """Run folder of a trained ECLIP: its weights, tokenizer and model settings; optimizer and steps are new."""
     image_weights: Path | None = None
-    """Local safetensors file (Hugging Face or timm names) that initialises the image tower."""
+    """Local safetensors file that initialises the image tower: a ViT or DINOv2 (Hugging Face or timm names), or a CLIP
+    or SigLIP (Hugging Face, OpenAI or open_clip), which tells the model's shapes itself."""
     text_weights: Path | None = None
-    """Local safetensors file (Hugging Face BERT names) that initialises the text tower."""
+    """The same for the text tower: a BERT (Hugging Face names), or a CLIP or SigLIP, whose two towers may lie in one
+    file."""
     image_tower: str | None = None
     """Which tower of an --image-weights file of several: the beginning of its tensors' names (student, teacher)."""
     text_tower: str | None = None
     """The same of --text-weights."""
     vocab_file: Path | None = None
-    """BERT vocab.txt; without it WordPiece is trained on the catalogue's text."""
+    """BERT's vocab.txt, or the tokenizer.json of a CLIP, SigLIP or BERT; without it WordPiece is trained on the
+    catalogue's text."""
     cased: bool = False
     """The vocabulary has capitals and accents: leave titles as they are instead of lower-casing them."""
     lock_image: bool = False
@@ -260,8 +263,15 @@ class RunConfig:
         require(self.wandb != "", "wandb='': give the project's name, --wandb NAME")
         require(
             self.text_weights is None or self.vocab_file is not None,
-            f"--text-weights {self.text_weights} without --vocab-file: the rows of its embedding are the lines of its "
-            f"own vocabulary; give that model's vocab.txt",
+            f"--text-weights {self.text_weights} without --vocab-file: the rows of its embedding are the pieces of its "
+            f"own vocabulary; give that model's vocab.txt or tokenizer.json",
+        )
+        require(
+            self.text_weights is None
+            or self.model.text_architecture != "siglip"
+            or self.data.max_tokens == self.model.max_positions,
+            f"max_tokens={self.data.max_tokens} with max_positions={self.model.max_positions}: SigLIP's text tower was "
+            f"trained on texts that are all padded to one length; set --max-tokens and --max-positions to one number",
         )
         require(
             self.vocab_file is not None or not self.cased,

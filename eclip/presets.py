@@ -276,11 +276,33 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
         changes |= dict.fromkeys(towers)
     if (model := _started_model(arguments, preset)) is not None:
         changes |= {"model": model}
-    return dataclasses.replace(preset, **changes)
+    config = dataclasses.replace(preset, **changes)
+    return dataclasses.replace(config, **_told_model(arguments, config))
+
+
+def _told_model(arguments: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """The model of CLIP's or SigLIP's files, which tell it themselves, and the length of its texts; else nothing."""
+    files, begun = [], None
+    for side, default in (("image", config.image_weights), ("text", config.text_weights)):
+        path = _value(arguments, f"{side}_weights") or default
+        files.append(None if path is None else (Path(path), _value(arguments, f"{side}_tower")))
+    if files == [None, None]:
+        return {}
+    from .weights.flags import told_settings
+
+    if "resume" in _given(arguments):
+        with suppress(OSError, ValueError):
+            own = Path(_value(arguments, "run_dir") or config.run_dir) / "config.json"
+            begun = RunConfig.from_json(own.read_text(encoding="utf-8-sig")).model
+    settings = told_settings(files[0], files[1], _given(arguments), config.model, begun)
+    model = dataclasses.replace(config.model, **settings)
+    padded = model.text_architecture == "siglip" and "max_positions" in settings
+    longest = model.max_positions if padded else min(config.data.max_tokens, model.max_positions)
+    return {"model": model, "data": dataclasses.replace(config.data, max_tokens=longest)} if settings else {}
 
 
 def _started_model(arguments: Sequence[str], preset: RunConfig) -> ModelConfig | None:
-    """The model settings of the run that is started from; None where none is, or none can be read: prepare says so.
+    """The model settings of what is started from; None where nothing is, or it cannot be read: prepare says so.
 
     A run that has begun has them too, and is not in need of the other one any more.
     """
@@ -288,10 +310,13 @@ def _started_model(arguments: Sequence[str], preset: RunConfig) -> ModelConfig |
     start = preset.start_from if given is None else Path(given)
     if start is None or given == "None":
         return None
+    from .weights.exported import is_exported, read_facts  # here: torch takes seconds
+
     own = Path(_value(arguments, "run_dir") or preset.run_dir)
     for folder in (own, start) if "resume" in _given(arguments) else (start, own):
         with suppress(OSError, ValueError):
-            model = RunConfig.from_json((folder / "config.json").read_text(encoding="utf-8-sig")).model
+            text = (folder / "config.json").read_text(encoding="utf-8-sig")
+            model = read_facts(folder).model if is_exported(folder) else RunConfig.from_json(text).model
             return dataclasses.replace(model, kernels=preset.model.kernels)
     return None
 

@@ -6,7 +6,17 @@ from pathlib import Path
 from ..file_kinds import HEAD, file_kind
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_WANTED = "give the vocab.txt of a BERT: WordPiece, one piece a line"
+WANTED = "give the vocab.txt of a BERT (WordPiece, one piece a line), or a tokenizer.json of a CLIP, SigLIP or BERT"
+_INSTEAD = "give the tokenizer.json that lies beside it, or that transformers' save_pretrained writes"
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object does, as a tokenizer.json. False for one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    except OSError:
+        return False
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -17,14 +27,14 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); {_WANTED}") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); {WANTED}") from error
     if kind := _other_kind(data):
-        raise ValueError(f"{path}: it is {kind}; {_WANTED}")
+        raise ValueError(f"{path}: it is {kind}; {WANTED}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {line} is not UTF-8 (byte {error.start}); {_WANTED}, in UTF-8") from None
+        raise ValueError(f"{path}: line {line} is not UTF-8 (byte {error.start}); {WANTED}, in UTF-8") from None
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -58,11 +68,9 @@ def _other_kind(data: bytes) -> str | None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16 text, and must be UTF-8"
     if b"\0" in data or (start[:1] in b"\n\x0a" and b"<unk>" in head[:40]) or head[:2] == b"\n\x0e":
-        return "binary, perhaps a SentencePiece model"
+        return f"binary, perhaps a SentencePiece model: {_INSTEAD}"
     if start.startswith(b"#version"):
-        return "the merges of a byte-pair tokenizer (GPT-2, CLIP, RoBERTa)"
-    if start.startswith(b"{"):
-        return "JSON: the vocabulary of a byte-pair tokenizer (GPT-2, CLIP, RoBERTa) or a tokenizer.json"
+        return f"the merges of a byte-pair tokenizer (GPT-2, CLIP, RoBERTa): {_INSTEAD}"
     return None
 
 
@@ -79,7 +87,7 @@ def _kind_by_pieces(vocab: Mapping[str, int]) -> str:
     """A remark on what a vocabulary without BERT's specials is."""
     pieces = list(vocab)[:1000]
     if any(piece.startswith(("▁", "<unk>\t")) for piece in pieces):
-        return "it is a SentencePiece vocabulary (T5, XLM-R, ALBERT), which is not read here: "
+        return f"it is a SentencePiece vocabulary (SigLIP, T5, XLM-R, ALBERT): {_INSTEAD}; "
     if {"<s>", "<pad>", "</s>", "<unk>"} & vocab.keys() or any(piece.startswith("Ġ") for piece in pieces):
-        return "it is a byte-pair vocabulary (GPT-2, CLIP, RoBERTa), which is not read here: "
+        return f"it is a byte-pair vocabulary (GPT-2, CLIP, RoBERTa): {_INSTEAD}; "
     return ""

@@ -8,7 +8,7 @@
     slot x title        -> matching head -> do they belong together?
 
 eclip.py               `ECLIP`, which joins the parts; training and evaluation call its methods
-image_encoder.py       a ViT with timm's names      text_encoder.py  BERT on ragged text, pooled
+image_encoder.py       a ViT with timm's names      text_encoder.py  ragged text, pooled: BERT, CLIP, SigLIP
 instance_decoder.py    slot attention over the tokens, self-attention among the queries
 transformer.py         blocks that the three share  ragged.py        packed texts, attention inside each
 residual.py            the stream's dtype           settings.py      `ModelConfig`

@@ -6,12 +6,17 @@ Three kernels compute that attention, in order of preference:
     xformers   its memory-efficient attention under a BlockDiagonalMask, on the packed rows; older GPUs and float32 too
     padded     scaled_dot_product_attention of padded sequences under a mask; anywhere
 
-`choose_kernel` tries them on a device, once; `TextEncoder` holds the choice. None reads a value from the device.
+`choose_kernel` tries them on a device, once; `TextEncoder` holds the choice. None reads a value from the device. All
+three know two forms: a token attends to its whole sequence (BERT, SigLIP), or to itself and earlier ones (CLIP).
 
 Letters: n sequences, H heads, D width, total = rows of all sequences.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +56,18 @@ class Ragged:
     """(total,) int64: sequence of token i."""
     kernel: Kernel | None = None
     """What attention is computed by; None: padded."""
+    causal: bool = False
+    """Whether a token attends to itself and earlier ones alone."""
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: Tensor, *, total: int | None = None, longest: int | None = None, kernel: Kernel | None = None
+        cls,
+        cu_seqlens: Tensor,
+        *,
+        total: int | None = None,
+        longest: int | None = None,
+        kernel: Kernel | None = None,
+        causal: bool = False,
     ) -> "Ragged":
         """cu_seqlens: (n+1,) integers, 0 first, not decreasing; sequence s is rows cu_seqlens[s]:cu_seqlens[s+1].
 
@@ -83,6 +96,7 @@ class Ragged:
             positions=positions,
             sequence=sequence,
             kernel=kernel,
+            causal=causal,
         )
 
 
@@ -105,8 +119,9 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
         padded = x.new_zeros(n * longest, *x.shape[1:]).index_copy(0, ragged.rows, x)
         return padded.view(n, longest, *x.shape[1:]).transpose(1, 2)
 
-    mask = ragged.present[:, None, None, :]
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask)
+    # Padding comes last: a causal token meets none, and needs no other mask.
+    mask = None if ragged.causal else ragged.present[:, None, None, :]
+    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask, is_causal=ragged.causal)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, ragged.rows)
 
 
@@ -115,9 +130,18 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # The first seven are positional in every version; what follows has changed between them.
-    out = varlen_attn(q, k, v, ragged.bounds, ragged.bounds, ragged.longest, ragged.longest)
+    options = causal_options(varlen_attn) if ragged.causal else {}
+    out = varlen_attn(q, k, v, ragged.bounds, ragged.bounds, ragged.longest, ragged.longest, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+@functools.cache
+def causal_options(varlen_attn: Callable[..., object]) -> dict[str, Any]:
+    """How this version is told to attend to earlier tokens alone: by a switch, or by a window as torch 2.13 has it."""
+    if "is_causal" in inspect.signature(varlen_attn).parameters:
+        return {"is_causal": True}
+    return {"window_size": (-1, 0)}
 
 
 def attend_xformers(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
@@ -135,19 +159,23 @@ def block_diagonal_mask(ragged: Ragged) -> object:
     `BlockDiagonalMask.from_seqlens` wants the lengths on the host. The kernels take their bounds on the device and the
     longest length; the host's list of bounds is for those two methods.
     """
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask, _SeqLenInfo
 
     total = len(ragged.rows)
     info = _SeqLenInfo(seqstart=ragged.bounds, max_seqlen=ragged.longest, min_seqlen=1, seqstart_py=[0, total])
-    return BlockDiagonalMask(q_seqinfo=info, k_seqinfo=info)
+    kind = BlockDiagonalCausalMask if ragged.causal else BlockDiagonalMask
+    return kind(q_seqinfo=info, k_seqinfo=info)
 
 
 KERNELS = {"varlen": attend_varlen, "xformers": attend_xformers, "padded": attend_padded}
 
 
-def choose_kernel(choice: str, device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int) -> Kernel:
+def choose_kernel(
+    choice: str, device: torch.device, dtype: torch.dtype, *, num_heads: int, head_dim: int, causal: bool = False
+) -> Kernel:
     """The kernel named `choice`, or with "auto" the first that works on `device` for `dtype` and heads like these.
 
+    causal: whether it has to attend to earlier tokens alone.
     Raises ValueError where the one that is asked for does not work.
     """
     for name in KERNELS if choice == "auto" else (choice,):
@@ -156,7 +184,7 @@ def choose_kernel(choice: str, device: torch.device, dtype: torch.dtype, *, num_
         elif device.type != "cuda":  # not even imported: xformers takes seconds and warns at length
             why_not = "it needs a CUDA GPU"
         else:
-            why_not = fails(name, device, dtype, num_heads, head_dim)
+            why_not = fails(name, device, dtype, num_heads, head_dim, causal=causal)
         if why_not is None:
             return Kernel(name, device.type, dtype)
         if name == choice:
@@ -167,9 +195,11 @@ def choose_kernel(choice: str, device: torch.device, dtype: torch.dtype, *, num_
     raise AssertionError("padded attention works everywhere")
 
 
-def fails(name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> str | None:
+def fails(
+    name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, *, causal: bool = False
+) -> str | None:
     """Try a kernel, forward and backward, on rows laid out as in `Attention`. Returns None, or what is wrong."""
-    ragged = Ragged.from_cu_seqlens(torch.tensor([0, 2, 3, 8], device=device), total=8, longest=5)
+    ragged = Ragged.from_cu_seqlens(torch.tensor([0, 2, 3, 8], device=device), total=8, longest=5, causal=causal)
     results = []
     try:
         for attend in (KERNELS[name], attend_padded):

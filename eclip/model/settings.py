@@ -13,6 +13,9 @@ class ModelConfig:
     image_size: int = 96
     """Side of the square input, pixels."""
     patch_size: int = 12
+    vision_architecture: Literal["vit", "clip", "siglip"] = "vit"
+    """`vit`: ViT and DINOv2. `clip`: a norm before the blocks, no bias on patches. `siglip`: no CLS token; attention
+    pooling gives the global feature."""
     vision_width: int = 192
     vision_depth: int = 6
     vision_heads: int = 3
@@ -20,17 +23,24 @@ class ModelConfig:
     """Per-channel scales on the residual branches (DINOv2); ImageNet ViTs have none."""
     vision_eps: float = 1e-6
     """Epsilon of the image tower's LayerNorms: 1e-6 in timm and DINOv2; Hugging Face's ViTModel computes with 1e-12."""
-    pixel_statistics: Literal["imagenet", "half"] = "imagenet"
-    """Pixels are normalised with ImageNet's mean and deviation (timm, DINOv2), or 0.5 (ViTs from ImageNet-21k)."""
+    vision_activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    """Between the layers of the image tower's MLPs: `quick_gelu` in OpenAI's CLIP, `gelu_tanh` in SigLIP."""
+    pixel_statistics: Literal["imagenet", "half", "clip"] = "imagenet"
+    """Pixels are normalised with the mean and deviation of ImageNet (timm, DINOv2) or CLIP, or 0.5 (ViTs from
+    ImageNet-21k, SigLIP)."""
     vocab_size: int = 4096
     """Rows of the token embedding; at least the tokenizer's vocabulary."""
+    text_architecture: Literal["bert", "clip", "siglip"] = "bert"
+    """`clip`: norms before, attention to earlier tokens alone. `siglip`: norms before, texts padded to --max-tokens."""
     text_width: int = 192
     text_depth: int = 4
     text_heads: int = 3
     max_positions: int = 64
     """Rows of the text position embedding; titles are cut to DataConfig.max_tokens."""
-    text_pooling: Literal["cls", "mean"] = "cls"
-    """`cls` as in the paper; `mean` for sentence-transformers towers, which were trained that way."""
+    text_activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    text_pooling: Literal["cls", "mean", "last"] = "cls"
+    """`cls` as in the paper; `mean` for sentence-transformers towers, `last` for CLIP's and SigLIP's, which were
+    trained that way."""
     embed_dim: int = 192
     """D: width of g_I, g_T and of the instance decoder."""
     num_queries: int = 20
@@ -78,6 +88,13 @@ class ModelConfig:
                 f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
                 f"choose a multiple for {flag(width)}",
             )
+        last = self.text_architecture != "bert"
+        require(
+            last == (self.text_pooling == "last"),
+            f"text_pooling={self.text_pooling} with text_architecture={self.text_architecture}: that tower was trained "
+            f"on its {'last' if last else 'first token or on all'}; set {flag('text_pooling')} to "
+            f"{'last' if last else 'cls or mean'}",
+        )
         require(
             self.image_size % self.patch_size == 0,
             f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "

@@ -1,9 +1,11 @@
 """What a run is made of, out of its settings: the model, the cache of its locked towers, the loader of its batches."""
 
 import torch
+import torch.distributed as dist
 
 from eclip.config import RunConfig
 from eclip.dataloading.loader import ProductLoader
+from eclip.dataloading.system.console import say
 from eclip.model.eclip import ECLIP
 from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import Ranks
@@ -13,19 +15,25 @@ from eclip.training.prepare import Prepared
 from eclip.training.starting.start_from import load_start
 from eclip.training.validation import Validation
 from eclip.weights.pretrained import load_image_weights, load_text_weights
+from eclip.weights.projections import start_projections
 
 
 def build_model(config: RunConfig, *, pretrained: bool = True) -> ECLIP:
     """The model on CPU, the same on every rank: seeded, pretrained weights loaded, what does not train locked.
 
-    pretrained: False leaves the towers' files and --start-from alone, for a model that a checkpoint fills.
+    pretrained: False leaves the towers' files and --start-from alone, for a model that a checkpoint fills. What else
+    than the towers starts from a CLIP's file is printed.
     """
     torch.manual_seed(config.seed)
     model = ECLIP(config.model)
+    image = text = None
     if pretrained and config.image_weights is not None:
-        load_image_weights(model.image_encoder, config.image_weights, tower=config.image_tower)
+        image = load_image_weights(model.image_encoder, config.image_weights, tower=config.image_tower)
     if pretrained and config.text_weights is not None:
-        load_text_weights(model.text_encoder, config.text_weights, tower=config.text_tower)
+        text = load_text_weights(model.text_encoder, config.text_weights, tower=config.text_tower)
+    for line in start_projections(model, image, text):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            say(line)
     if pretrained and config.start_from is not None:
         load_start(config.start_from, model)
     lock_towers(model, config)

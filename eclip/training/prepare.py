@@ -133,9 +133,10 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
 
 
 def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
-    """The given BERT vocabulary, or one of at most model.vocab_size pieces learnt from the catalogue's text."""
+    """The given vocabulary, or one of at most model.vocab_size pieces learnt from the catalogue's text."""
     if config.vocab_file is not None:
-        return WordPiece.from_vocab_file(config.vocab_file, cased=config.cased)
+        padded = config.model.text_architecture == "siglip"
+        return WordPiece.from_vocab_file(config.vocab_file, cased=config.cased, padded=padded)
     return WordPiece.train(index.texts(), config.model.vocab_size)
 
 

@@ -5,17 +5,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from eclip.dataloading.file_kinds import HEAD, file_kind
-
-Names = Mapping[str, tuple[str, ...]]
-"""Our parameters and the names they may have in a file; `#` is the block's number."""
-
-# Parts of published files that belong to no tower: pretraining and classification heads, constants.
-UNUSED = re.compile(r"pooler\.|head|classifier\.|cls\.|(embeddings\.)?mask_token$|embeddings\.position_ids$")
-
+from eclip.weights.names import Family
 
 _MERGE = "give one .safetensors file: safetensors.torch.save_file of what load_file reads from all parts"
 
@@ -46,10 +41,17 @@ def _kind(path: Path) -> str | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The file's tensors. Raises ValueError, one line, for a file of another kind or a damaged one."""
+def _read(path: Path, *, shapes: bool = False) -> dict[str, Tensor]:
+    """The file's tensors, or (shapes) empty ones on no device, for which the header alone is read.
+
+    Raises ValueError, one line, for a file of another kind or a damaged one.
+    """
     try:
         kind = _kind(path)
+        if kind is None and shapes:
+            with safe_open(path, framework="pt") as file:
+                keys = file.keys()  # the file itself is no iterable
+                return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
         if kind is None:
             return load_file(path)
     except Exception as error:  # safetensors raises its own SafetensorError, which derives from Exception alone
@@ -58,11 +60,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"{path}: not a readable safetensors file but {kind}")
 
 
-def _towers(tensors: Mapping[str, Tensor], families: Mapping[str, Names]) -> dict[str, Names]:
-    """The beginning of the names of each tower in the file, and its table."""
+def _towers(tensors: Mapping[str, Tensor], families: Mapping[str, Family]) -> dict[str, Family]:
+    """The beginning of the names of each tower in the file, and its naming scheme."""
     return {
-        key.removesuffix(marker): names
-        for marker, names in families.items()
+        key.removesuffix(marker): family
+        for marker, family in families.items()
         for key in tensors
         if key == marker or key.endswith(f".{marker}")
     }
@@ -89,16 +91,21 @@ def _meant(towers: Collection[str], tower: str | None) -> list[str]:
 
 
 # The end of a name that tells a tower which is not read here, or not for this flag.
+_TEXT, _IMAGE = "a text tower, for --text-weights", "an image tower, for --image-weights"
 _OTHERS = {
-    "embeddings.word_embeddings.weight": "a text tower, for --text-weights",
-    "embeddings.patch_embeddings.projection.weight": "an image tower, for --image-weights",
-    "patch_embed.proj.weight": "an image tower, for --image-weights",
-    "embeddings.patch_embedding.weight": "an image tower of Hugging Face's CLIP or SigLIP, which is not read here",
-    "visual.conv1.weight": "an image tower of OpenAI's or open_clip's CLIP, which is not read here",
+    "visual.layer1.0.conv1.weight": "a CLIP whose image tower is a ResNet, which is not read here (a ViT is)",
+    "embeddings.word_embeddings.weight": _TEXT,
+    "embeddings.token_embedding.weight": _TEXT,
+    "ln_final.weight": _TEXT,
+    "embeddings.patch_embeddings.projection.weight": _IMAGE,
+    "patch_embed.proj.weight": _IMAGE,
+    "embeddings.patch_embedding.weight": _IMAGE,
+    "ln_pre.weight": _IMAGE,
 }
 _ARCHITECTURES = {
-    "--image-tower": "layer_scale: DINOv2 yes, ImageNet ViTs no; registers, distillation, SwiGLU, LoRA are not read",
-    "--text-tower": "BERT's alone is read, not ALBERT's, DistilBERT's or adapters",
+    "--image-tower": "--vision-architecture vit, clip or siglip; --layer-scale: DINOv2 yes, others no; registers, "
+    "distillation, SwiGLU, LoRA are not read",
+    "--text-tower": "--text-architecture bert, clip or siglip; ALBERT's, DistilBERT's or adapters are not read",
 }
 _PART = re.compile(r"-\d+-of-0*([2-9]|[1-9]\d+)\.safetensors$")
 _SHOWN = 3  # names in a message
@@ -117,14 +124,16 @@ def _other_towers(path: Path, tensors: Collection[str]) -> str:
 class WeightsFile:
     """One tower's tensors of a file, without their common prefix (`vit.`, `bert.`), counted off as they are read."""
 
-    def __init__(self, path: Path, families: Mapping[str, Names], *, tower: str | None, flag: str) -> None:
-        """`families`: from a tensor that tells a naming scheme to its table. tower: the beginning of the names of the
-        tower that is meant, where the file has several; flag: the setting that gives it.
+    def __init__(
+        self, path: Path, families: Mapping[str, Family], *, tower: str | None, flag: str, shapes: bool = False
+    ) -> None:
+        """`families`: naming schemes, by a tensor that tells each. tower: the beginning of the names of the tower that
+        is meant, where the file has several; flag: the setting that gives it. shapes: read no values, see `shape`.
 
         Raises ValueError when there is none, or more than one.
         """
         self.path, self.architecture = path, _ARCHITECTURES[flag]
-        tensors = _read(path)
+        self.every = tensors = _read(path, shapes=shapes)
         towers = _towers(tensors, families)
         if not towers:
             raise ValueError(f"{path}: none of {', '.join(families)} is in this file{_other_towers(path, tensors)}")
@@ -136,32 +145,48 @@ class WeightsFile:
             )
             missing = "" if wanted else f"no tower {tower!r}; "
             raise ValueError(f"{path}: {missing}it holds {counts}; say which with {flag}")
-        self.names = towers[wanted[0]]
-        self.tensors = _of(tensors, wanted[0], towers)
+        self.prefix, family = wanted[0], towers[wanted[0]]
+        self.names, self._unused = family.names, family.unused
+        self.tensors = _of(tensors, self.prefix, towers)
         self.unread = set(self.tensors)
 
-    def take(self, name: str) -> Tensor:
-        """The tensor of our parameter `name`. Raises ValueError naming the key the file lacks."""
+    def shape(self, name: str) -> torch.Size | None:
+        """The shape of our parameter `name` in the file, None where it has none."""
+        found = next((key for key in self._keys(name) if key in self.tensors), None)
+        return None if found is None else self.tensors[found].shape
+
+    def beside(self, *names: str) -> str | None:
+        """The whole name, key of `every`, of what the file calls by one of `names` in the tower or beside it."""
+        above, dot, _ = self.prefix.removesuffix(".").rpartition(".")
+        places = [f"{prefix}{name}" for name in names for prefix in (self.prefix, above + dot)]
+        return next((key for key in places if key in self.every), None)
+
+    def _keys(self, name: str) -> list[str]:
+        """The names that our parameter may have in the file."""
         generic = re.sub(r"^blocks\.(\d+)\.", "blocks.#.", name)
         number = name.split(".")[1] if generic != name else ""
         stem, _, leaf = generic.rpartition(".")
         if generic in self.names:
-            keys = [key.replace("#", number) for key in self.names[generic]]
-        elif stem in self.names:
-            keys = [f"{key.replace('#', number)}.{leaf}" for key in self.names[stem]]
-        elif stem.endswith("attn.qkv") and self.names:
+            return [key.replace("#", number) for key in self.names[generic]]
+        if stem in self.names:
+            return [f"{key.replace('#', number)}.{leaf}" for key in self.names[stem]]
+        return [name]
+
+    def take(self, name: str) -> Tensor:
+        """The tensor of our parameter `name`. Raises ValueError naming the key the file lacks."""
+        keys = self._keys(name)
+        stem, _, leaf = name.rpartition(".")
+        if keys == [name] and stem.endswith("attn.qkv") and self.names:
             base = name.removesuffix(f"qkv.{leaf}")
             parts = [self.take(f"{base}{part}.{leaf}") for part in "qkv"]
             if len({part.shape for part in parts}) > 1:
                 shapes = ", ".join(str(tuple(part.shape)) for part in parts)
                 raise ValueError(f"{self.path}: query, key and value of {name} have shapes {shapes}, not one")
             return torch.cat(parts)
-        else:
-            keys = [name]
         for key in keys:
             if key in self.tensors:
                 self.unread.discard(key)
-                return self._checked(key)
+                return self.checked(key, self.tensors[key])
         if _PART.search(self.path.name):
             raise ValueError(f"{self.path}: no {keys[0]}: it is one of several parts; {_MERGE}")
         raise ValueError(
@@ -169,9 +194,8 @@ class WeightsFile:
             f"and kind ({self.architecture}) that of the configuration?"
         )
 
-    def _checked(self, key: str) -> Tensor:
+    def checked(self, key: str, value: Tensor) -> Tensor:
         """A tensor as float32. Raises ValueError for whole numbers, NaN and infinity."""
-        value = self.tensors[key]
         if not value.is_floating_point():
             raise ValueError(
                 f"{self.path}: {key} is {str(value.dtype).removeprefix('torch.')}: quantised weights are not read; "
@@ -186,7 +210,7 @@ class WeightsFile:
 
     def finish(self) -> None:
         """Raises ValueError when a tensor of the tower was not read."""
-        left = sorted(key for key in self.unread if not UNUSED.match(key))
+        left = sorted(key for key in self.unread if not self._unused.match(key))
         if left:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
             raise ValueError(

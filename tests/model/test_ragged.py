@@ -101,7 +101,7 @@ def test_other_inputs_than_the_kernels_are_padded(monkeypatch: pytest.MonkeyPatc
 def test_the_first_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, options = ECLIP(tiny()), (CUDA, torch.bfloat16)
     faults = {"varlen": "too old", "xformers": None}
-    monkeypatch.setattr(module, "fails", lambda name, *_: faults[name])
+    monkeypatch.setattr(module, "fails", lambda name, *_, **__: faults[name])
     assert set_text_attention(model, "auto", *options) == "xformers"
     assert model.text_encoder.kernel == Kernel("xformers", "cuda", torch.bfloat16)
     with pytest.raises(ValueError, match=r"--text-attention varlen .*3 heads of 8 in bfloat16: too old; use auto"):

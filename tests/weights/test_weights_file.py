@@ -27,8 +27,8 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["vision_model.embeddings.patch_embedding.weight"], "Hugging Face's CLIP or SigLIP, which is not read"),
-        (["visual.conv1.weight", "visual.class_embedding"], "OpenAI's or open_clip's CLIP, which is not read"),
+        (["text_model.embeddings.token_embedding.weight"], "a text tower, for --text-weights$"),
+        (["ln_final.weight", "token_embedding.weight"], "a text tower, for --text-weights$"),
         (["a", "b.c", "d", "e"], "no tower of a known kind, a, b.c, d$"),
         ([], "no tower of a known kind, nothing$"),
     ],

@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from eclip.dataloading.sampling import random_crop
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.model.eclip import ECLIP
+from eclip.model.settings import ModelConfig
 from eclip.training.feature_cache.disk import Notes
 from eclip.training.feature_cache.file import Filling
 
@@ -45,6 +48,16 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _unusual(model: ModelConfig, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Settings that change what a tower computes and not its weights, where they are not the usual ones.
+
+    Nothing for usual ones, so that a cache made before they were settings keeps its name.
+    """
+    usual, settings = asdict(ModelConfig()), asdict(model)
+    changed = {name: settings[name] for name in names if settings[name] != usual[name]}
+    return [changed] if changed else []
 
 
 def _native_bf16(device: torch.device) -> bool:
@@ -85,6 +98,7 @@ class ImageOutputs:
 
     def filling(self, cache_dir: Path, progress: bool) -> Filling:
         settings = [self.index.fingerprint, weights_fingerprint(self.encoder), self.size, self.views]
+        settings += _unusual(self.encoder.config, ("vision_activation", "pixel_statistics"))
         settings += [self.crop_scale, self.flip, _CROP_SEED] if self.views > 1 else []
         name = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
         return Filling(
@@ -154,7 +168,8 @@ class TitleOutputs:
 
     def filling(self, cache_dir: Path, progress: bool) -> Filling:
         pooling = self.config.model.text_pooling
-        settings = ["titles", self.index.fingerprint, weights_fingerprint(self.model.text_encoder), pooling]
+        settings: list[Any] = ["titles", self.index.fingerprint, weights_fingerprint(self.model.text_encoder), pooling]
+        settings += _unusual(self.config.model, ("text_architecture", "text_activation"))
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
         digest.update(self.tokens.numpy().data)  # stands for the vocabulary and the cut at max_tokens
         return Filling(

@@ -8,11 +8,11 @@ from torch import nn
 from eclip.config import OptimConfig
 
 # Weight decay pulls towards zero. Biases, norms and the temperature (all of them vectors) have no reason to go there,
-# nor have the rows that tell positions, types and the CLS token apart.
-_UNDECAYED = re.compile(r"(pos_embed|cls_token|position|modality|type)")
+# nor have the rows that tell positions, types and the CLS token apart, or the query of attention pooling.
+_UNDECAYED = re.compile(r"(pos_embed|cls_token|latent|position|modality|type)")
 _TOWER = re.compile(r"(image_encoder|text_encoder)\.(?:blocks\.(\d+)\.)?")
 # Behind the blocks of its tower; BERT's norm stands before them.
-_ABOVE = "image_encoder.norm."
+_ABOVE = ("image_encoder.norm.", "image_encoder.attn_pool.", "text_encoder.final_norm.", "text_encoder.head.")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

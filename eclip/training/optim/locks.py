@@ -23,18 +23,21 @@ def check_locks(config: RunConfig) -> None:
 def lock_towers(model: ECLIP, config: RunConfig) -> None:
     """Let the locked towers of a new model require no gradient, but for the last `unlock_last` blocks.
 
-    What follows these blocks is unlocked with them: the image tower's final norm. Patch, word and position embeddings
-    and BERT's first norm, which stands before its blocks, stay locked, so that no gradient is computed below.
+    What follows these blocks is unlocked with them: final norms, attention pooling, SigLIP's head of texts. Patch, word
+    and position embeddings and norms that stand before the blocks stay locked, so that no gradient is computed below.
     """
     if config.lock_image:
-        _lock(model.image_encoder, model.image_encoder.blocks, config.unlock_last, model.image_encoder.norm)
+        image = model.image_encoder
+        _lock(image, image.blocks, config.unlock_last, image.norm, image.attn_pool)
     if config.lock_text:
-        _lock(model.text_encoder, model.text_encoder.blocks, config.unlock_last)
+        text = model.text_encoder
+        _lock(text, text.blocks, config.unlock_last, text.final_norm, text.head)
 
 
-def _lock(tower: nn.Module, blocks: nn.ModuleList, unlock_last: int, *above: nn.Module) -> None:
+def _lock(tower: nn.Module, blocks: nn.ModuleList, unlock_last: int, *above: nn.Module | None) -> None:
     assert unlock_last < len(blocks)
     tower.requires_grad_(False)
     if unlock_last:
         for module in (*blocks[-unlock_last:], *above):
-            module.requires_grad_(True)
+            if module is not None:
+                module.requires_grad_(True)
