@@ -5,6 +5,7 @@ import { filterCount, numberOf } from "./state.js";
 
 const PLAIN = 6; // attributes that are seen at once
 const WORDY = /^\p{L}[\p{L} -]{2,18}$/u; // values that read as words
+const MEANS_LITTLE = /^(true|false|yes|no|none|other|unknown|misc.*)$/i;
 
 /** The form of filters. `onChange(filters)` is called with {category, attributes, priceMin, priceMax, hybrid}. */
 export class Filters {
@@ -72,14 +73,13 @@ export class Filters {
   }
 }
 
-/** A few words to start with: categories and common values of attributes. */
+/** A few words to start with: the commonest category, the commonest value of each attribute, the next ones. */
 export function examples(facets, number = 8) {
-  const common = Object.entries(facets.attributes)
-    .filter(([, values]) => values.some(({ count }) => count > 1))
-    .flatMap(([, values]) => values.filter(({ value }) => WORDY.test(value) && value !== "other").slice(0, 3))
-    .map(({ value }) => value);
-  const categories = facets.categories.map(({ name }) => name).filter((name) => WORDY.test(name));
-  return [...new Set([...common, ...categories])].filter((word) => !/^(true|false|yes|no)$/i.test(word)).slice(0, number);
+  const lists = [facets.categories.map(({ name, count }) => ({ value: name, count })), ...Object.values(facets.attributes)]
+    .filter((values) => values.length > 1 && values.some(({ count }) => count > 1))
+    .map((values) => values.map(({ value }) => value).filter((value) => WORDY.test(value) && !MEANS_LITTLE.test(value)));
+  const turns = Array.from({ length: number }, (_, turn) => lists.map((values) => values[turn])).flat();
+  return [...new Set(turns)].filter(Boolean).slice(0, number);
 }
 
 /** An attribute's name for readers: "unseen_type" is "Unseen type". */

@@ -108,7 +108,7 @@ function along(values, side) {
 }
 
 // Clear, violet, red, orange, yellow: stops of the colour's scale, with how much they cover (0 to 255).
-const STOPS = [[60, 20, 120, 0], [90, 25, 140, 70], [190, 40, 100, 135], [245, 120, 30, 175], [255, 220, 90, 200]];
+const STOPS = [[60, 20, 120, 0], [90, 25, 140, 60], [190, 40, 100, 105], [245, 110, 30, 130], [255, 215, 80, 150]];
 
 function colour(value) {
   const at = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);

@@ -239,9 +239,12 @@ function listen() {
   });
   onPhoto((file) => takePhoto(file));
   const wide = matchMedia("(min-width: 900px)");
-  const open = () => (byId("filters").open = wide.matches);
-  wide.addEventListener("change", open);
-  open();
+  const fit = () => {
+    byId("filters").open = wide.matches;
+    byId("words").placeholder = wide.matches ? "Describe it, or drop a photo" : "Describe it";
+  };
+  wide.addEventListener("change", fit);
+  fit();
 }
 
 listen();
