@@ -138,7 +138,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, specials left out: for messages and figures."""
-        return self._tokenizer.decode([int(i) for i in ids])
+        text: str = self._tokenizer.decode([int(i) for i in ids])
+        # CLIP's pieces end words with </w>, which its decoder leaves there.
+        suffix = getattr(self._tokenizer.model, "end_of_word_suffix", None)
+        return text.replace(suffix, " ").strip() if suffix else text
 
 
 def _read_json(path: Path, advice: str) -> tokenizers.Tokenizer:

@@ -35,11 +35,16 @@ def faked(mode: FakeTensorMode, model: ECLIP) -> tuple[ECLIP, tuple[Tensor, ...]
         return copy.deepcopy(model), tuple(map(mode.from_tensor, inputs("cpu")))
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 @pytest.mark.parametrize("slot_heads", [1, 8])
 def test_nothing_is_read_from_the_device(pooling: str, slot_heads: int) -> None:
     mode = FakeTensorMode()
-    model, given = faked(mode, ECLIP(tiny(text_pooling=pooling, slot_heads=slot_heads)))
+    kind = {"last": "clip", "cls": "bert", "mean": "bert"}[pooling]
+    seen = "siglip" if pooling == "last" else "vit"
+    model, given = faked(
+        mode,
+        ECLIP(tiny(text_pooling=pooling, slot_heads=slot_heads, text_architecture=kind, vision_architecture=seen)),
+    )
     with mode:
         everything(model, given, longest=7).backward()
     assert all(p.grad is not None for p in model.parameters())
