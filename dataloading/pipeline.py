@@ -7,7 +7,6 @@ processes, DALI's way is in dali_pipeline.py. Both cut the same boxes, computed 
 images/decode.py says an image has: those that packing would store.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -15,10 +14,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from .images import CorruptImageError, OpenedImage, open_image, rejecting, upright_rgb
+from .images import CorruptImageError, open_image, resize_box
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch, count_titles
 from .shards import ShardIndex
@@ -28,25 +26,8 @@ T = TypeVar("T")
 Bad = dict[str, str]
 """Undecodable images: key to reason."""
 
-# Bicubic, antialiased: what the published image towers were trained and evaluated with.
-_FILTER = Image.Resampling.BICUBIC
 PREFETCH = 2  # batches ready ahead, for each worker
 _LONG_READ = 2.0  # seconds
-
-
-def resize_box(opened: OpenedImage, box: tuple[float, float, float, float], size: int) -> NDArray[np.uint8]:
-    """(size, size, 3) RGB: a box (pixels of the upright image), resized; decodes `opened`. Raises CorruptImageError."""
-    width, height = opened.size
-    with rejecting("cannot be decoded"):
-        wanted = (math.ceil(width * size / (box[2] - box[0])), math.ceil(height * size / (box[3] - box[1])))
-        stored = opened.image.width
-        # None for formats without a scaled decode.
-        drafted = opened.image.draft(None, wanted if stored == width else wanted[::-1])
-        shrink = stored / drafted[1][2] if drafted else 1.0
-        x0, y0, x1, y1 = (c / shrink for c in box)
-        image = upright_rgb(opened.image)
-        inside = (x0, y0, min(x1, image.width), min(y1, image.height))
-        return np.asarray(image.resize((size, size), _FILTER, box=inside))
 
 
 def decode_crop(data: bytes, size: int, box: tuple[float, float, float, float], *, flip: bool) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ The pixels are those of evaluation (`decode_square`): the upright image, or a bo
 """
 
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from eclip.dataloading.images import (
     open_image,
     read_image_file,
     rejecting,
+    resize_box,
     upright_rgb,
+    widen,
 )
-from eclip.dataloading.pipeline import resize_box
+from eclip.dataloading.images import inside_image as inside_image
 from eclip.dataloading.schema import Box
 
 Picture = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
@@ -64,37 +65,18 @@ def describe(picture: Any) -> str:
     return f"a {type(picture).__name__}"
 
 
-def read_picture(picture: Picture, size: int, box: Box | None = None) -> Pixels:
+def read_picture(picture: Picture, size: int, box: Box | None = None, *, margin: float = 0.0) -> Pixels:
     """Decode an image, or a box of it, to the model's square of `size` pixels.
 
-    box: x0, y0, x1, y1 in pixels of the upright image; what stands out of the image is cut off. Raises
-    CorruptImageError (a ValueError) for an image that cannot be read, ValueError for a box that holds nothing,
+    box: x0, y0, x1, y1 in pixels of the upright image; what stands out of the image is cut off. margin: see `widen`.
+    Raises CorruptImageError (a ValueError) for an image that cannot be read, ValueError for a box that holds nothing,
     TypeError for what is no image.
     """
     opened = _open(picture)
-    width, height = opened.size
-    inside = (0.0, 0.0, float(width), float(height)) if box is None else inside_image(box, opened.size)
+    width, height = upright = opened.size  # before decoding: a JPEG may be decoded to fewer pixels than it has
+    inside = (0.0, 0.0, float(width), float(height)) if box is None else widen(box, upright, margin)
     array = resize_box(opened, inside, size)
-    return Pixels(torch.from_numpy(array.transpose(2, 0, 1).copy()), opened.size)
-
-
-def inside_image(box: Box, size: tuple[int, int]) -> Box:
-    """The part of a box that lies within an image of `size` (width, height). Raises ValueError when none does."""
-    numbers = tuple(box)
-    if len(numbers) != 4 or not all(map(_is_finite, numbers)):
-        raise ValueError(f"box {box!r}: give four numbers x0, y0, x1, y1 in pixels of the image")
-    x0, y0, x1, y1 = map(float, numbers)
-    if x0 >= x1 or y0 >= y1:
-        raise ValueError(f"box {box!r}: x0 < x1 and y0 < y1 are wanted (left, top, right, bottom, in pixels)")
-    width, height = size
-    cut = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
-    if cut[2] - cut[0] < 1 or cut[3] - cut[1] < 1:
-        raise ValueError(f"box {box!r}: less than a pixel of it lies in the image of {width} x {height} px")
-    return cut
-
-
-def _is_finite(number: Any) -> bool:
-    return isinstance(number, int | float | np.number) and math.isfinite(number)
+    return Pixels(torch.from_numpy(array.transpose(2, 0, 1).copy()), upright)
 
 
 def _open(picture: Any) -> OpenedImage:
