@@ -36,15 +36,17 @@ def load(
             )
         model, facts, tokenizer = read_exported(path, chosen)
         encoder = Encoder(model, tokenizer, max_tokens=facts.max_tokens, trains_decoder=facts.trains_decoder)
-        threshold = DEFAULT_THRESHOLD if facts.threshold is None else facts.threshold
-        return TrainedModel(encoder, source=str(path), threshold=threshold)
+        return TrainedModel(encoder, source=str(path), threshold=_or_default(facts.threshold))
     from eclip.training.checkpoint import load_run
 
     model, config, tokenizer = load_run(path, chosen, which=which, weights=weights)
     trained = make_objective(config.objective).trains_decoder
     encoder = Encoder(model, tokenizer, max_tokens=config.data.max_tokens, trains_decoder=trained)
-    threshold = chosen_threshold(path)
-    return TrainedModel(encoder, source=str(path), threshold=DEFAULT_THRESHOLD if threshold is None else threshold)
+    return TrainedModel(encoder, source=str(path), threshold=_or_default(chosen_threshold(path)))
+
+
+def _or_default(threshold: float | None) -> float:
+    return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
 def chosen_threshold(path: Path) -> float | None:

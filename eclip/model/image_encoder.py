@@ -50,7 +50,7 @@ class AttentionPool(nn.Module):
         self.mlp = MLP(width, activation)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        q = self.q(self.latent).expand(len(tokens), -1, -1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q = self.q(self.latent).expand(tokens.shape[0], -1, -1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
         x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
         return (x + self.mlp(self.norm(x)))[:, 0]
@@ -120,5 +120,5 @@ class ImageEncoder(nn.Module):
         if self.cls_token is None:
             x = patches + self.pos_embed
             return x if kept is None else x.index_select(1, kept)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         return x if kept is None else x.index_select(1, torch.cat([kept.new_zeros(1), kept + 1]))

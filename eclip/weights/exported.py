@@ -58,8 +58,9 @@ class Facts:
     """For readers: steps, catalogue, ..."""
 
     def __post_init__(self) -> None:
-        require(isinstance(self.max_tokens, int) and self.max_tokens >= 3, f"max_tokens={self.max_tokens!r}: 3 or more")
-        cut = self.threshold
+        longest: Any = self.max_tokens  # Any: out of JSON
+        cut: Any = self.threshold
+        require(isinstance(longest, int) and longest >= 3, f"max_tokens={longest!r}: a whole number, 3 or more")
         require(cut is None or (isinstance(cut, float) and 0 <= cut < 1), f"threshold={cut!r}: 0 <= threshold < 1")
         require(isinstance(self.trains_decoder, bool), f"trains_decoder={self.trains_decoder!r}: use true or false")
         require(self.weights in ("float32", "int8"), f"weights={self.weights!r}: use float32 or int8")
@@ -84,7 +85,7 @@ def write_exported(folder: Path, model: ECLIP, tokenizer: WordPiece, facts: Fact
         "version": VERSION,
         **{f.name: getattr(facts, f.name) for f in dataclasses.fields(facts)},
         "model": settings,
-        "tokenizer": {"kind": type(tokenizer).__name__, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": _tokenizer_facts(folder),
         "library": f"eclip {__version__}",
         "files": files,
     }
@@ -92,6 +93,14 @@ def write_exported(folder: Path, model: ECLIP, tokenizer: WordPiece, facts: Fact
     for name in (WEIGHTS, TOKENIZER, CONFIG):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _tokenizer_facts(folder: Path) -> dict[str, Any]:
+    """For readers of config.json; the file itself says all."""
+    told = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+    reading = told["normalizer"] or {}
+    lowercase = {"lowercase": reading["lowercase"]} if reading.get("type") == "BertNormalizer" else {}
+    return {"kind": told["model"]["type"], **lowercase}
 
 
 def quantised(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +210,8 @@ def _record(folder: Path) -> dict[str, Any]:
 def _facts(folder: Path, record: Mapping[str, Any]) -> Facts:
     names = [f.name for f in dataclasses.fields(Facts)]
     try:
-        return from_record(Facts, {name: record[name] for name in names if name in record})  # type: ignore[no-any-return]
+        found: Facts = from_record(Facts, {name: record[name] for name in names if name in record})
+        return found
     except (ValueError, TypeError) as error:  # TypeError: a field without a default is not there
         raise ValueError(f"{folder / CONFIG}: {error}; {_COPY}") from None
 
