@@ -1,0 +1,78 @@
+"""The table of an index: its columns, and the record in its metadata that says what it was made of.
+
+pyarrow is imported here late: it comes with the extra "serve".
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLE = "images"
+KEY = b"eclip"
+"""Of the table's metadata: a JSON object."""
+FORMAT = 1
+GLOBAL, INSTANCE_IMAGE, INSTANCE_TITLE = "global", "instance_image", "instance_title"
+TITLE = "text"
+"""The embedding of the title: what words are compared with, where catalogues have good titles."""
+WIDTHS = ("float32", "float16", "int8")
+"""What vectors are kept as; int8 is float16 and an index of one byte a number (indexes.py)."""
+
+
+def need(*modules: str) -> None:
+    """Raise ValueError, one line, where a package of the extra is missing."""
+    import importlib
+
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f'{module} is not installed ({error}); pip install "eclip[serve]"') from error
+
+
+def vector_columns(has_decoder: bool) -> tuple[str, ...]:
+    """The columns of embeddings."""
+    return (GLOBAL, TITLE, INSTANCE_IMAGE, INSTANCE_TITLE) if has_decoder else (GLOBAL, TITLE)
+
+
+def box_columns(has_decoder: bool) -> tuple[str, ...]:
+    """The columns of boxes: without a decoder there is the title's alone, of the cosine map."""
+    return ("box_image", "box_title") if has_decoder else ("box_title",)
+
+
+def table_schema(
+    dim: int, *, has_decoder: bool, vectors: str = "float32", metadata: Mapping[bytes, bytes] | None = None
+) -> "pa.Schema":
+    """The columns. dim: numbers of a vector as stored."""
+    import pyarrow as pa
+
+    number = pa.float32() if vectors == "float32" else pa.float16()
+    text = [(name, pa.string()) for name in ("id", "product", "title", "category", "source", "attributes")]
+    return pa.schema(
+        [
+            *text,
+            ("facets", pa.list_(pa.string())),
+            ("price", pa.float64()),
+            ("image", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("thumbnail", pa.binary()),
+            *((name, pa.list_(number, dim)) for name in vector_columns(has_decoder)),
+            *((name, pa.list_(pa.float32(), 4)) for name in box_columns(has_decoder)),
+        ],
+        metadata=dict(metadata or {}),
+    )
+
+
+def record_of(schema: "pa.Schema") -> dict[str, Any] | None:
+    """The record in a table's metadata; None for a table that is none of ours."""
+    data = (schema.metadata or {}).get(KEY)
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
