@@ -267,10 +267,8 @@ class RunConfig:
             f"own vocabulary; give that model's vocab.txt or tokenizer.json",
         )
         require(
-            self.text_weights is None
-            or self.model.text_architecture != "siglip"
-            or self.data.max_tokens == self.model.max_positions,
-            f"max_tokens={self.data.max_tokens} with max_positions={self.model.max_positions}: SigLIP's text tower was "
+            self.model.text_architecture != "siglip" or self.data.max_tokens == self.model.max_positions,
+            f"max_tokens={self.data.max_tokens} with max_positions={self.model.max_positions}: SigLIP's text tower is "
             f"trained on texts that are all padded to one length; set --max-tokens and --max-positions to one number",
         )
         require(

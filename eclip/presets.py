@@ -274,14 +274,12 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if "start_from" in _given(arguments):
         towers = ("image_weights", "text_weights", "image_tower", "text_tower", "vocab_file")
         changes |= dict.fromkeys(towers)
-    if (model := _started_model(arguments, preset)) is not None:
-        changes |= {"model": model}
-    config = dataclasses.replace(preset, **changes)
-    return dataclasses.replace(config, **_told_model(arguments, config))
+    config = dataclasses.replace(preset, **changes, **_started(arguments, preset))
+    return dataclasses.replace(config, **_told(arguments, config))
 
 
-def _told_model(arguments: Sequence[str], config: RunConfig) -> dict[str, Any]:
-    """The model of CLIP's or SigLIP's files, which tell it themselves, and the length of its texts; else nothing."""
+def _told(arguments: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """Model and length of texts that a CLIP's or SigLIP's files tell; of other files, and of none, nothing."""
     files, begun = [], None
     for side, default in (("image", config.image_weights), ("text", config.text_weights)):
         path = _value(arguments, f"{side}_weights") or default
@@ -301,24 +299,26 @@ def _told_model(arguments: Sequence[str], config: RunConfig) -> dict[str, Any]:
     return {"model": model, "data": dataclasses.replace(config.data, max_tokens=longest)} if settings else {}
 
 
-def _started_model(arguments: Sequence[str], preset: RunConfig) -> ModelConfig | None:
-    """The model settings of what is started from; None where nothing is, or it cannot be read: prepare says so.
+def _started(arguments: Sequence[str], preset: RunConfig) -> dict[str, Any]:
+    """Model and length of texts of what is started from; nothing where that is none, or unreadable: prepare says so.
 
     A run that has begun has them too, and is not in need of the other one any more.
     """
     given = _value(arguments, "start_from")
     start = preset.start_from if given is None else Path(given)
     if start is None or given == "None":
-        return None
+        return {}
     from .weights.exported import is_exported, read_facts  # here: torch takes seconds
 
     own = Path(_value(arguments, "run_dir") or preset.run_dir)
     for folder in (own, start) if "resume" in _given(arguments) else (start, own):
         with suppress(OSError, ValueError):
             text = (folder / "config.json").read_text(encoding="utf-8-sig")
-            model = read_facts(folder).model if is_exported(folder) else RunConfig.from_json(text).model
-            return dataclasses.replace(model, kernels=preset.model.kernels)
-    return None
+            facts: Any = read_facts(folder) if is_exported(folder) else RunConfig.from_json(text)
+            longest = facts.max_tokens if is_exported(folder) else facts.data.max_tokens
+            data = dataclasses.replace(preset.data, max_tokens=longest)
+            return {"model": dataclasses.replace(facts.model, kernels=preset.model.kernels), "data": data}
+    return {}
 
 
 def _check_pairs(arguments: Sequence[str]) -> None:

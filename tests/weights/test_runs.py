@@ -76,6 +76,12 @@ def test_from_a_siglip(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFix
     _, config, tokenizer = load_run(run_dir)
     assert (config.data.max_tokens, config.model.max_positions, config.model.embed_dim) == (12, 12, 32)
     assert tokenizer.encode(["a", "red sofa no 3"], 12)[1].tolist() == [0, 12, 24]
+    goes_on = ["--preset", "shop", "--start-from", str(run_dir), "--run-dir", str(tmp_path / "next")]
+    begun = parse(goes_on)
+    assert (begun.data.max_tokens, begun.model.text_architecture) == (12, "siglip")
+    with pytest.raises(SystemExit):
+        parse([*goes_on, "--max-tokens", "9"])
+    assert "max_tokens=9 with max_positions=12" in capsys.readouterr().err
 
 
 def test_flags_are_read_over_what_the_files_tell(data_dir: Path, tmp_path: Path) -> None:
