@@ -57,6 +57,11 @@ def image_settings(file: WeightsFile) -> Told:
         return Told({})
     kind = "siglip" if siglip else "clip"
     patches, positions = file.shape("patch_embed.proj.weight"), file.shape("pos_embed")
+    if patches is not None and len(patches) == 2:
+        raise ValueError(
+            f"{file.path}: its image tower takes patches of any aspect (SigLIP 2 NaFlex), which is not read here; take "
+            f"the one of a fixed size"
+        )
     if patches is None or len(patches) != 4 or positions is None or len(positions) < 2:
         return Told({})  # a damaged file: loading it says what is missing
     width, side = patches[0], patches[-1]
@@ -177,6 +182,7 @@ class _Beside:
         record, opened = _json(folder / "config.json"), _json(folder / "open_clip_config.json")
         own = record.get("model_type") in (f"{kind}_{part}_model", f"{kind}_{part}")
         self.hugging_face = record if own else _below(record, f"{part}_config")
+        # Of another model, as of one that has a CLIP's image tower beside a text tower of its own, what it says holds.
         self.known = own or (bool(self.hugging_face) and record.get("model_type") == kind)
         self.open_clip = _below(opened, "model_cfg")
         self.processor = {**_below(opened, "preprocess_cfg"), **_json(folder / "preprocessor_config.json")}
@@ -184,10 +190,10 @@ class _Beside:
     @property
     def heads(self) -> int | None:
         """None: unknown."""
-        given: Any = None
-        if self.known:
-            given = self.hugging_face.get("num_attention_heads", _HEADS[self.kind, self.part])
-        elif self.open_clip:
+        given: Any = self.hugging_face.get(
+            "num_attention_heads", _HEADS[self.kind, self.part] if self.known else None
+        )
+        if given is None and self.open_clip:
             config = _below(self.open_clip, f"{self.part}_cfg")
             head_width = config.get("head_width", _HEAD_WIDTH)
             given = config.get("heads", 8) if self.part == "text" else None
@@ -201,8 +207,8 @@ class _Beside:
     @property
     def activation(self) -> str | None:
         """None: unknown."""
-        if self.known:
-            name = self.hugging_face.get("hidden_act", _HIDDEN_ACT[self.kind])
+        name = self.hugging_face.get("hidden_act", _HIDDEN_ACT[self.kind] if self.known else None)
+        if name is not None:
             if name not in _ACTIVATIONS:
                 raise ValueError(
                     f"{self.file.path}: the config.json beside it has hidden_act={name!r}, which is not computed here; "

@@ -193,6 +193,7 @@ def test_what_tensors_do_not_tell_is_asked_for(tmp_path):
     [
         ({"model_type": "clip", "vision_config": {"num_attention_heads": 8}, "text_config": {}}, (8, "quick_gelu")),
         ({"model_type": "clip_vision_model", "num_attention_heads": 2, "hidden_act": "gelu_new"}, (2, "gelu_tanh")),
+        ({"model_type": "altclip", "vision_config": {"num_attention_heads": 2, "hidden_act": "gelu"}}, (2, "gelu")),
         ({"model_type": "siglip", "vision_config": {}}, None),
         ([], None),
     ],
@@ -316,6 +317,14 @@ def test_files_of_other_kinds_tell_nothing(tmp_path):
     assert told_settings((vit, None), (bad, None), (), ModelConfig()) == {}
     bert = saved(hugging_face_bert(), tmp_path)
     assert told_settings((tmp_path / "gone", None), (bert, None), (), ModelConfig()) == {}
+
+
+def test_patches_of_any_aspect_are_refused(tmp_path):
+    def flat(state):
+        state["vision_model.embeddings.patch_embedding.weight"] = torch.zeros(32, 192)
+
+    with pytest.raises(ValueError, match="NaFlex"):
+        load_image_weights(ImageEncoder(tiny()), saved(hugging_face_siglip(), tmp_path, edit=flat))
 
 
 def test_a_resnet_is_told(tmp_path):
