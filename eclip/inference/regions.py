@@ -31,7 +31,7 @@ class Region:
 
 
 def find_regions(
-    scores: NDArray[np.float32], size: tuple[int, int], *, side: int, threshold: float, limit: int
+    scores: NDArray[np.float32], size: tuple[float, float], *, side: int, threshold: float, limit: int
 ) -> list[Region]:
     """Regions of one map, at most `limit`, those with the largest sum of scores first.
 
