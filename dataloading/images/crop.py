@@ -51,11 +51,15 @@ def inside_image(box: Box, size: tuple[int, int]) -> Box:
 
 
 def widen(box: Box, size: tuple[int, int], margin: float) -> Box:
-    """The part of a box that lies within an image of `size`, and around it `margin` of its sides, as far as there is
-    image: with margin 0.1 a box of 10 x 10 px becomes one of 12 x 12. Raises as `inside_image`."""
+    """The square round a box's middle, its side 1 + 2 `margin` times the box's longer side, as far as it lies within an
+    image of `size`; with margin 0 the part of the box itself. A square, because the model squashes what it is given
+    to one, and a long box would lose its shape. Raises as `inside_image`."""
     x0, y0, x1, y1 = inside_image(box, size)
-    across, down = margin * (x1 - x0), margin * (y1 - y0)
-    return max(x0 - across, 0.0), max(y0 - down, 0.0), min(x1 + across, float(size[0])), min(y1 + down, float(size[1]))
+    if margin <= 0:
+        return x0, y0, x1, y1
+    half = (0.5 + margin) * max(x1 - x0, y1 - y0)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return max(x - half, 0.0), max(y - half, 0.0), min(x + half, float(size[0])), min(y + half, float(size[1]))
 
 
 def _is_finite(number: Any) -> bool:

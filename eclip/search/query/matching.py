@@ -14,9 +14,10 @@ from eclip.dataloading.schema import Box
 from eclip.inference import Region, TrainedModel
 from eclip.inference.encoding import TEXT
 from eclip.inference.trained import Vectors
+from eclip.search.embed.schema import INSTANCE_TITLE
 from eclip.search.query.asking import regions_of
 
-MATCHED = "instance_title"
+MATCHED = INSTANCE_TITLE
 """The matching head was trained on instances that were prompted by their own titles."""
 _EPS = 1e-6
 
@@ -52,7 +53,10 @@ def locate_in(
     model: TrainedModel, row: dict[str, Any], prompt: Any, *, box: Box | None = None, limit: int = 5
 ) -> list[Region]:
     """Regions of a row's thumbnail that show a text or an exemplar image, in pixels of the row's width and height."""
-    features, modality = model.prompt_features(prompt, 1, 1, boxes=None if box is None else [box])
+    if isinstance(prompt, str):
+        features, modality = model.text_features(prompt), TEXT
+    else:
+        features, modality = model.prompt_features(prompt, 1, 1, boxes=None if box is None else [box])
     encoded = model.encode([row["thumbnail"]])
     if model.encoder.has_decoder:
         maps = model.encoder.instances(encoded, features, modality).maps

@@ -56,9 +56,9 @@ class Query:
     """So many of the first hits, at least `limit`, are put in order with the help of the matching head; 0: none."""
     fold: bool = True
     """A product appears once, by its best image; otherwise every image is a hit of its own."""
-    locate: bool = False
+    locate: bool | None = None
     """Look for the words in every picture that is shown, instead of taking the box that was stored with it, which is
-    that of the picture's own title. Takes the model a pass over `limit` thumbnails."""
+    that of the picture's own title. Takes the model a pass over `limit` thumbnails. None: no."""
 
     def __post_init__(self) -> None:
         if self.words is None and self.image is None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from eclip.dataloading.schema import Box
 from eclip.inference import Picture, Region, TrainedModel, load
+from eclip.inference.pictures import Pixels
 from eclip.search.query.asking import Asked, Prepared, ask, decode
 from eclip.search.query.facets import read_facets
 from eclip.search.query.filters import check_names, predicate
@@ -66,8 +67,11 @@ class Searcher:
         took = time.perf_counter() - began
         return [self._answer(p, a, took) for p, a in zip(prepared, asked, strict=True)]
 
-    def prepare(self, query: Query) -> Prepared:
-        """Check a question against this index and decode its photo: what can fail, fails here, with ValueError."""
+    def prepare(self, query: Query, photo: Pixels | None = None) -> Prepared:
+        """Check a question against this index and decode its photo: what can fail, fails here, with ValueError.
+
+        photo: where it was decoded already, by `read_picture` of the question's image and box with asking.MARGIN.
+        """
         began = time.perf_counter()
         if query.image is not None and query.words is not None and not self.model.encoder.has_decoder:
             raise ValueError(no_decoder("words and a photo together: ask by one of the two"))
@@ -76,7 +80,8 @@ class Searcher:
         if query.hybrid:
             self.table.require_full_text()
         check_names(query.filters, self.table.count, self.facets)
-        photo = decode(query, self.model.encoder.image_size)
+        if photo is None:
+            photo = decode(query, self.model.encoder.image_size)
         return Prepared(query, photo, time.perf_counter() - began)
 
     def facets(self) -> dict[str, Any]:
@@ -86,10 +91,6 @@ class Searcher:
     def thumbnail(self, image_id: str) -> bytes:
         """JPEG. Raises NoSuchImage."""
         return bytes(self.table.find(image_id, ["thumbnail"])["thumbnail"])
-
-    def thumbnails(self, image_ids: Sequence[str]) -> list[bytes]:
-        """JPEGs, in order. Raises NoSuchImage."""
-        return [self.thumbnail(image_id) for image_id in image_ids]
 
     def locate(
         self, image_id: str, prompt: str | Picture, *, box: Box | None = None, limit: int = 5
@@ -114,7 +115,7 @@ class Searcher:
             ranked = clock.time("rerank", lambda: self._rerank(ranked, asked))
             scored_by = "cosine and matching head"
         shown = ranked[: query.limit]
-        rows = clock.time("rows", lambda: self.table.rows([c.row for c in shown], thumbnails=query.locate))
+        rows = clock.time("rows", lambda: self.table.rows([c.row for c in shown], thumbnails=bool(query.locate)))
         boxes = [_box(row.get(asked.box)) if asked.box else None for row in rows]
         if query.locate and rows:
             assert asked.words is not None
@@ -133,7 +134,7 @@ class Searcher:
         where, wanted = predicate(query.filters), max(query.limit, query.rerank)
         depth = max(wanted, _FUSED) if query.hybrid else wanted
         vector = self.table.fit(asked.vector)
-        ranked = self._enough(lambda k: self.table.nearest(vector, asked.column, k, where), depth, query.fold)
+        ranked = self._enough(lambda k: self.table.nearest_sum(vector, asked.columns, k, where), depth, query.fold)
         if query.hybrid:
             words = query.words
             assert words is not None
@@ -156,10 +157,9 @@ class Searcher:
         if not ranked:
             return ranked
         assert asked.words is not None
-        rows = self.table.read([c.row for c in ranked], list({MATCHED, asked.column}))
-        compared = np.array([row[asked.column] for row in rows], dtype=np.float32)
-        instances = np.array([row[MATCHED] for row in rows], dtype=np.float32)
-        scores = match_scores(self.model, asked.words, instances, compared @ asked.vector)
+        rows = [candidate.row for candidate in ranked]
+        cosines = self.table.cosines(asked.vector, asked.columns, rows)
+        scores = match_scores(self.model, asked.words, self.table.vectors([MATCHED], rows)[MATCHED], cosines)
         order = np.argsort(-scores, kind="stable")
         return [Candidate(ranked[i].row, ranked[i].product, float(scores[i])) for i in order]
 

@@ -7,7 +7,7 @@ import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eclip.inference import TrainedModel
+from eclip.search.embed.finish import matrix
 from eclip.search.embed.indexes import METRIC, VectorIndex
 from eclip.search.embed.narrowing import Narrowing
 from eclip.search.embed.schema import FORMAT, TABLE, record_of
 from eclip.search.query.filters import quoted
 from eclip.search.query.fusion import Candidate
 
+_SUMMED = 200  # candidates of each column that are compared by the sum
 _ROW = ("id", "product", "title", "category", "attributes", "price", "image", "source", "width", "height")
 _BOXES = ("box_image", "box_title")
 
@@ -140,6 +142,39 @@ class ImageTable:
         scores = 1 - found["_distance"].to_numpy()
         rows, products = found["_rowid"].to_pylist(), found["product"].to_pylist()
         return [Candidate(row, product, float(s)) for row, product, s in zip(rows, products, scores, strict=True)]
+
+    def nearest_sum(
+        self, vector: NDArray[np.float32], columns: Sequence[str], count: int, where: str | None = None
+    ) -> list[Candidate]:
+        """As `nearest`, compared with the sum of several columns of unit vectors.
+
+        Of each column the `count` nearest are compared (at least 200: the sum's nearest need not be a column's), so the
+        result has `count` to as many times that as there are columns.
+        """
+        if len(columns) == 1:
+            return self.nearest(vector, columns[0], count, where)
+        count = max(count, _SUMMED)
+        found = {c.row: c for column in columns for c in self.nearest(vector, column, count, where)}
+        scores = self.cosines(vector, columns, list(found))
+        order = np.argsort(-scores, kind="stable")
+        candidates = list(found.values())
+        return [replace(candidates[i], score=float(scores[i])) for i in order]
+
+    def cosines(self, vector: NDArray[np.float32], columns: Sequence[str], rows: Sequence[int]) -> NDArray[np.float32]:
+        """(n,) of a unit vector and the sums of columns of rows."""
+        found = self.vectors(columns, rows)
+        total = np.sum([found[column] for column in columns], axis=0)
+        return np.asarray(total @ vector / np.maximum(np.linalg.norm(total, axis=1), 1e-12), dtype=np.float32)
+
+    def vectors(self, columns: Sequence[str], rows: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+        """Columns of vectors, (n, D) each, of rows by LanceDB's row ids, in their order."""
+        if not rows:
+            return {column: np.zeros((0, self.facts.dim), dtype=np.float32) for column in columns}
+        with reading(self.index):
+            found = self._table.take_row_ids(list(rows)).with_row_id().select(list(columns)).to_arrow()
+        place = {row: i for i, row in enumerate(found["_rowid"].to_pylist())}
+        order = [place[row] for row in rows]
+        return {column: matrix(found[column])[order] for column in columns}
 
     def full_text(self, words: str, count: int, where: str | None = None) -> list[Candidate]:
         """The rows whose titles have some of the words, best first (BM25)."""
