@@ -25,14 +25,17 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(cannot_write(path, error)) from error
 
 
-def cannot_write(path: Path, error: BaseException) -> str:
-    """One line: file, reason, free space, the way out. A full disk's OSError may stand behind another error."""
+def cannot_write(path: Path, error: BaseException, *, flag: str = "--run-dir") -> str:
+    """One line: file, reason, free space, the way out. A full disk's OSError may stand behind another error.
+
+    flag: what names another place.
+    """
     cause = error
     while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__) is not None:
         cause = cast(BaseException, cause.__cause__ or cause.__context__)
     known = isinstance(cause, OSError) and cause.strerror
     reason = cause.strerror if isinstance(cause, OSError) and known else " ".join(str(error).split())
-    return f"{path}: cannot be written ({reason}{_free(path)}); see to that or choose another --run-dir"
+    return f"{path}: cannot be written ({reason}{_free(path)}); see to that or choose another {flag}"
 
 
 def _free(path: Path) -> str:

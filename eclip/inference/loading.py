@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,18 +42,23 @@ def load(
     model, config, tokenizer = load_run(path, chosen, which=which, weights=weights)
     trained = make_objective(config.objective).trains_decoder
     encoder = Encoder(model, tokenizer, max_tokens=config.data.max_tokens, trains_decoder=trained)
-    return TrainedModel(encoder, source=str(path), threshold=_or_default(chosen_threshold(path)))
+    return TrainedModel(encoder, source=str(path), threshold=_or_default(_of_newest(path)))
 
 
 def _or_default(threshold: float | None) -> float:
     return DEFAULT_THRESHOLD if threshold is None else threshold
 
 
-def chosen_threshold(path: Path) -> float | None:
-    """What the run's evaluation chose on the val split for the instance map, where there was one."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
-        value = float(record["tables"]["grounding"]["settings"]["thresholds"]["instance"])
+def _of_newest(run_dir: Path) -> float | None:
+    with suppress(OSError, ValueError):
+        return chosen_threshold(json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8")))
+    return None
+
+
+def chosen_threshold(evaluation: Any) -> float | None:
+    """What an evaluation (its JSON) chose on the val split for the instance map; None where it chose none."""
+    with suppress(ValueError, KeyError, TypeError):
+        value = float(evaluation["tables"]["grounding"]["settings"]["thresholds"]["instance"])
         if 0 <= value < 1:
             return value
     return None
