@@ -18,6 +18,7 @@ from eclip.train import train
 from eclip.training.build import build_model
 from eclip.training.checkpoint import load_run
 from eclip.training.momentum import make_momentum
+from eclip.weights.exported import Facts, write_exported
 from tests.helpers import ROOT
 from tests.training.run_folders import ALONE, assert_refused, contents, make_config
 
@@ -77,6 +78,50 @@ def test_other_weights_contradict_it(flag: str) -> None:
     files = {"vocab_file": Path("v"), flag: Path("other")} if flag == "text_weights" else {flag: Path("other")}
     with pytest.raises(ValueError, match=r"--start-from runs/x: that run brings its weights .*leave one of the two"):
         make_config(Path("data"), Path("run"), start_from=Path("runs/x"), **files)
+
+
+@pytest.fixture
+def exported(finished: Path, tmp_path: Path) -> Path:
+    model, config, tokenizer = load_run(finished)
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    facts = Facts(model=config.model, max_tokens=config.data.max_tokens, objective="eclip", trains_decoder=True)
+    write_exported(folder, model, tokenizer, facts)
+    return folder
+
+
+def test_an_exported_model_is_a_start_as_its_run_is(
+    data_dir: Path, finished: Path, exported: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        make_config(data_dir, tmp_path / "new", start_from=exported, steps=0, seed=9), model=load_run(finished)[1].model
+    )
+    assert train(config, ALONE)
+    kept, own, _ = load_run(config.run_dir)
+    assert equal(kept, load_run(finished)[0])
+    assert own.model == load_run(finished)[1].model
+    shutil.rmtree(exported)
+    assert train(dataclasses.replace(config, steps=1, resume=True), ALONE)
+
+
+def test_an_exported_model_that_cannot_be_started_from(data_dir: Path, exported: Path, tmp_path: Path) -> None:
+    config = make_config(data_dir, tmp_path / "new", start_from=exported)
+    deeper = dataclasses.replace(config.model, vision_depth=3)
+    assert_refused(dataclasses.replace(config, model=deeper), r"another vision_depth \(it has 1, the flags give 3\)")
+    weights = exported / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert_refused(config, "--start-from .*model.safetensors: .* a copy stopped")
+    (exported / "config.json").write_text('{"model_type": "clip"}')
+    assert_refused(config, r"--start-from .*a model of transformers \(clip\), not one that eclip export wrote")
+    assert not config.run_dir.exists()
+
+
+def test_flags_are_read_over_an_exported_models_settings(finished: Path, exported: Path) -> None:
+    model = load_run(finished)[1].model
+    for preset in ("demo_towers", "shop"):
+        assert parse(["--preset", preset, "--start-from", str(exported)]).model == model
+    reference = parse(["--start-from", str(exported), "--kernels", "reference"]).model
+    assert reference == dataclasses.replace(model, kernels="reference")
 
 
 def test_flags_are_read_over_the_started_models_settings(run_dir: Path) -> None:
