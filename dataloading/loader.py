@@ -23,7 +23,7 @@ from .schedule import BatchSchedule
 from .schema import Batch
 from .shards import ShardIndex
 from .system.waiting import Beside
-from .text import WordPiece
+from .text import Tokenizer
 from .torch_pipeline import InPlace, TorchPipeline
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ProductLoader:
     """Iterate over Batches without end: a rank's share of every step, two images and titles of each product.
 
     global_batch_size: products of a step over all ranks, or a schedule of them. micro_batch: products of a Batch; a
-    step's share comes as `Batch.parts` of them, in order. None: as one. index: the split. tokenizer: its WordPiece.
+    step's share comes as `Batch.parts` of them, in order. None: as one. index: the split. tokenizer: its own.
     image_size: side of the crops, pixels. crop_scale: area share of the random resized crop; flip: mirror half of the
     crops. decoder: see `choose_decoder`; "none" leaves `images` None and starts no worker. num_workers: processes of
     the torch decoder (0: decode in this one), threads of DALI. stall_seconds: how long a batch may take, 0 without
@@ -126,7 +126,7 @@ class ProductLoader:
     def __init__(
         self,
         index: ShardIndex,
-        tokenizer: WordPiece,
+        tokenizer: Tokenizer,
         *,
         global_batch_size: int | BatchSchedule,
         image_size: int,

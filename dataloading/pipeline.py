@@ -20,7 +20,7 @@ from .images import CorruptImageError, open_image, resize_box
 from .sampling import Rows, Sampler, random_crop
 from .schema import Batch, count_titles
 from .shards import ShardIndex
-from .text import WordPiece
+from .text import Tokenizer
 
 T = TypeVar("T")
 Bad = dict[str, str]
@@ -95,7 +95,7 @@ class BatchSource:
     def __init__(
         self,
         sampler: Sampler,
-        tokenizer: WordPiece,
+        tokenizer: Tokenizer,
         *,
         image_size: int,
         crop_scale: tuple[float, float],

@@ -177,7 +177,7 @@ class Batch:
     image_rows: "Tensor"
     """(B, 2) int64: rows of the shard index, keys of the feature cache."""
     tokens: "Tensor"
-    """(total,) int64 WordPiece ids."""
+    """(total,) int64 ids of pieces."""
     cu_seqlens: "Tensor"
     """(2B+1,) int32."""
     product_ids: "Tensor"

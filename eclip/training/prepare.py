@@ -17,7 +17,7 @@ import numpy as np
 from eclip.config import RunConfig
 from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.files import writing
 from eclip.parallel.ranks import Ranks
 from eclip.parallel.torchrun import begun_by_this_launch, mark_begun
@@ -51,7 +51,7 @@ class Prepared:
     config: RunConfig
     """With model.vocab_size set from the tokenizer and data.data_dir absolute."""
     index: ShardIndex
-    tokenizer: WordPiece
+    tokenizer: Tokenizer
     checkpoint: Found | None = None
     """Where --resume continues."""
     notes: tuple[str, ...] = ()
@@ -132,12 +132,12 @@ def _prepare(config: RunConfig, ranks: Ranks, hold: ExitStack) -> Prepared:
     )
 
 
-def make_tokenizer(config: RunConfig, index: ShardIndex) -> WordPiece:
+def make_tokenizer(config: RunConfig, index: ShardIndex) -> Tokenizer:
     """The given vocabulary, or one of at most model.vocab_size pieces learnt from the catalogue's text."""
     if config.vocab_file is not None:
         padded = config.model.text_architecture == "siglip"
-        return WordPiece.from_vocab_file(config.vocab_file, cased=config.cased, padded=padded)
-    return WordPiece.train(index.texts(), config.model.vocab_size)
+        return Tokenizer.from_vocab_file(config.vocab_file, cased=config.cased, padded=padded)
+    return Tokenizer.train(index.texts(), config.model.vocab_size)
 
 
 def _check_run_dir(config: RunConfig) -> RunConfig | None:
@@ -278,7 +278,7 @@ def _as_trained(saved: RunConfig, config: RunConfig) -> RunConfig:
     return dataclasses.replace(saved, run_dir=config.run_dir, resume=True, steps=config.steps, data=data)
 
 
-def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None, start: Start | None) -> WordPiece:
+def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None, start: Start | None) -> Tokenizer:
     """A new run's tokenizer, that of the run it starts from, or the resumed run's own."""
     if start is not None:
         what = f"the vocabulary of --start-from {start.path}"
@@ -298,7 +298,7 @@ def _tokenizer(config: RunConfig, index: ShardIndex, checkpoint: Found | None, s
     return kept
 
 
-def _require_known_titles(tokenizer: WordPiece, config: RunConfig, index: ShardIndex) -> None:
+def _require_known_titles(tokenizer: Tokenizer, config: RunConfig, index: ShardIndex) -> None:
     """Raise ValueError when the vocabulary is not that of the catalogue's language or case."""
     if config.vocab_file is None:
         tokenizer.require_known(index.texts(), f"the vocabulary of {tokenizer.vocab_size} pieces", "raise --vocab-size")
@@ -308,7 +308,7 @@ def _require_known_titles(tokenizer: WordPiece, config: RunConfig, index: ShardI
         tokenizer.require_known(index.texts(), f"--vocab-file {config.vocab_file}", advice)
 
 
-def _vocabulary(tokenizer: WordPiece) -> tuple[Any, Any]:
+def _vocabulary(tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Pieces and their ids, and how text is normalised."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))

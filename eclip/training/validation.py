@@ -22,7 +22,7 @@ from eclip.config import RunConfig
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.schema import Batch
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.objectives.contrast import image_text_loss, unit
 from eclip.objectives.settings import ObjectiveConfig
@@ -57,7 +57,7 @@ def validation_loss(model: ECLIP, batch: Batch, config: ObjectiveConfig) -> Tens
 class Validation:
     """Computes the loss of the val split when asked. All ranks call it."""
 
-    def __init__(self, config: RunConfig, tokenizer: WordPiece, ranks: Ranks, *, stall_seconds: float) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks, *, stall_seconds: float) -> None:
         index = open_val(config)
         self.ranks = ranks
         self.batches = max(1, index.num_products // _BATCH)

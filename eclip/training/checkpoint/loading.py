@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from eclip.config import RunConfig
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
 from eclip.training.checkpoint.files import Which, find_checkpoint, list_checkpoints, read_state
@@ -63,7 +63,7 @@ def load_locked_towers(path: Path, model: ECLIP) -> None:
 
 def load_run(
     run_dir: Path, device: torch.device | str = "cpu", *, which: Which = "newest", weights: Weights = "model"
-) -> tuple[ECLIP, RunConfig, WordPiece]:
+) -> tuple[ECLIP, RunConfig, Tokenizer]:
     """A whole checkpoint of a run: the model in eval mode on `device`, its configuration, its tokenizer.
 
     which: the newest, or the best, which has the lowest loss of the val split (--validate-every). weights: the trained

@@ -22,7 +22,7 @@ from typing import Any
 
 from eclip.config import RunConfig
 from eclip.dataloading.system.lock import alone
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.files import PARTIAL, CannotWrite, cannot_write, replace_text, sha256, sync_folder, writing
 from eclip.training.checkpoint.files import DAMAGED, delete, list_checkpoints
 
@@ -135,7 +135,7 @@ def _wait_for(attempt: Callable[[], None]) -> None:
 
 
 def install(
-    run_dir: Path, config: RunConfig, data: Mapping[str, Any], tokenizer: WordPiece | None, *, replace: bool
+    run_dir: Path, config: RunConfig, data: Mapping[str, Any], tokenizer: Tokenizer | None, *, replace: bool
 ) -> None:
     """Put a start's files into its folder, which it owns. replace: delete what an earlier run wrote.
 
@@ -165,7 +165,7 @@ def install(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _save_tokenizer(tokenizer: WordPiece, path: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     try:
         tokenizer.save(path.parent)
     except Exception as error:  # tokenizers raises no OSError for a full disk
@@ -208,7 +208,7 @@ def read_data_record(run_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def read_tokenizer(run_dir: Path, digest: str | None) -> WordPiece:
+def read_tokenizer(run_dir: Path, digest: str | None) -> Tokenizer:
     """The run's tokenizer. digest: SHA-256 of its file as a checkpoint knows it, None for unknown.
 
     Raises ValueError when it is missing, damaged or another one: the same ids would then mean other words.
@@ -217,7 +217,7 @@ def read_tokenizer(run_dir: Path, digest: str | None) -> WordPiece:
     if digest is not None and path.is_file() and sha256(path) != digest:
         raise ValueError(f"{path}: not the vocabulary that the weights were trained with (SHA-256 differs); restore it")
     try:
-        return WordPiece.load(path.parent)
+        return Tokenizer.load(path.parent)
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises nothing more special

@@ -19,7 +19,7 @@ from torch import Tensor
 from eclip.config import RunConfig
 from eclip.dataloading.sampling import hash64
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.objectives.views import CachedFeatures
 from eclip.training.feature_cache.disk import Notes
@@ -57,7 +57,7 @@ class FeatureCache:
         cache_dir: Path,
         model: ECLIP,
         index: ShardIndex,
-        tokenizer: WordPiece,
+        tokenizer: Tokenizer,
         config: RunConfig,
         *,
         views: int = 1,

@@ -24,7 +24,7 @@ from eclip.dataloading.images import CorruptImageError, open_image
 from eclip.dataloading.pipeline import decode_crop, decode_square
 from eclip.dataloading.sampling import random_crop
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.model.settings import ModelConfig
 from eclip.training.feature_cache.disk import Notes
@@ -158,7 +158,7 @@ class TitleOutputs:
     """The text features of a split: an item is a title, which several images may share."""
 
     def __init__(
-        self, model: ECLIP, index: ShardIndex, tokenizer: WordPiece, config: RunConfig, device: torch.device
+        self, model: ECLIP, index: ShardIndex, tokenizer: Tokenizer, config: RunConfig, device: torch.device
     ) -> None:
         self.model, self.config, self.index, self.device = model, config, index, device
         _, first_row, inverse = np.unique(index.title_ids, return_index=True, return_inverse=True)

@@ -13,7 +13,7 @@ import torch
 from eclip.config import RunConfig
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.system.memory import available_memory
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.parallel.ranks import Ranks
 from eclip.training.feature_cache.cache import cache_folder
 from eclip.training.starting.memory import cache_bytes, loader_bytes, state_bytes, step_bytes
@@ -28,7 +28,7 @@ class TooLarge(ValueError):
     """It surely does not fit: how much is needed, how much is there, and what would fit."""
 
 
-def check_resources(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, ranks: Ranks) -> tuple[str, ...]:
+def check_resources(config: RunConfig, index: ShardIndex, tokenizer: Tokenizer, ranks: Ranks) -> tuple[str, ...]:
     """Lines to print about what is nearly too much. All ranks call it, and all raise TooLarge when one must."""
     mine: tuple[str | None, tuple[str, ...]]
     try:
@@ -42,7 +42,7 @@ def check_resources(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, 
     return tuple(dict.fromkeys(line for _, lines in everyone for line in lines))
 
 
-def _check(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, ranks: Ranks) -> tuple[str, ...]:
+def _check(config: RunConfig, index: ShardIndex, tokenizer: Tokenizer, ranks: Ranks) -> tuple[str, ...]:
     notes = _check_disk(config, index)
     if config.steps == 0:
         return notes
@@ -50,7 +50,7 @@ def _check(config: RunConfig, index: ShardIndex, tokenizer: WordPiece, ranks: Ra
     return (*notes, *fit.check())
 
 
-def mean_tokens(index: ShardIndex, tokenizer: WordPiece, most: int) -> float:
+def mean_tokens(index: ShardIndex, tokenizer: Tokenizer, most: int) -> float:
     """Of a title, over a sample of images."""
     rows = range(0, index.num_images, max(1, index.num_images // _SAMPLED_TITLES))
     _, bounds = tokenizer.encode([index.title(row) for row in rows], most)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eclip.config import RunConfig
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.model.settings import ModelConfig
 from eclip.setting_rules import flag
@@ -33,7 +33,7 @@ class Start:
 
     path: Path
     model: ModelConfig
-    tokenizer: WordPiece
+    tokenizer: Tokenizer
 
 
 def open_start(config: RunConfig) -> Start:
