@@ -152,7 +152,7 @@ class RunConfig:
 
     # Where weights begin, and which of them learn.
     start_from: Path | None = None
-    """Run folder or export of a trained ECLIP: its weights, tokenizer and model settings; optimizer and steps are new."""
+    """A trained ECLIP, run folder or export: its weights, tokenizer and model settings; optimizer and steps are new."""
     image_weights: Path | None = None
     """Local safetensors file that initialises the image tower: a ViT or DINOv2 (Hugging Face or timm names), or a CLIP
     or SigLIP (Hugging Face, OpenAI or open_clip), which tells the model's shapes itself."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from eclip import __version__
 from eclip.dataloading.file_kinds import HEAD, file_kind
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.files import sha256
 from eclip.model.eclip import ECLIP
 from eclip.model.settings import ModelConfig
@@ -66,7 +66,7 @@ class Facts:
         require(self.weights in ("float32", "int8"), f"weights={self.weights!r}: use float32 or int8")
 
 
-def write_exported(folder: Path, model: ECLIP, tokenizer: WordPiece, facts: Facts) -> None:
+def write_exported(folder: Path, model: ECLIP, tokenizer: Tokenizer, facts: Facts) -> None:
     """Write the three files into `folder`, which is there. `facts.weights` says how weights are stored.
 
     Raises OSError, or safetensors' own error, when something cannot be written.
@@ -145,7 +145,7 @@ def read_facts(folder: Path) -> Facts:
     return _facts(folder, _record(folder))
 
 
-def read_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[ECLIP, Facts, WordPiece]:
+def read_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[ECLIP, Facts, Tokenizer]:
     """The model in eval mode on `device`, what is known of it, its tokenizer.
 
     Raises ValueError, one line, when a file is missing, is not the one that was written, or does not fit the settings.
@@ -164,15 +164,15 @@ def read_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[ECL
     return model.to(device).eval(), facts, tokenizer
 
 
-def read_tokenizer(folder: Path) -> WordPiece:
+def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer alone. Raises ValueError."""
     record = _record(folder)
     return _tokenizer(folder, record, _facts(folder, record))
 
 
-def _tokenizer(folder: Path, record: Mapping[str, Any], facts: Facts) -> WordPiece:
+def _tokenizer(folder: Path, record: Mapping[str, Any], facts: Facts) -> Tokenizer:
     _require_written(folder, TOKENIZER, record)
-    tokenizer = WordPiece.load(folder)
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > facts.model.vocab_size:
         raise ValueError(
             f"{folder / TOKENIZER}: {tokenizer.vocab_size} pieces, the model has {facts.model.vocab_size}; {_COPY}"
