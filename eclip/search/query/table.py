@@ -208,9 +208,9 @@ class ImageTable:
         return dict(rows[0])
 
     def scan(self, columns: Sequence[str], where: str | None = None) -> Any:
-        """Some columns of all rows, of those that fulfil some SQL: a pyarrow.Table."""
+        """Some columns and `_rowid` of all rows, or of those that fulfil some SQL: a pyarrow.Table."""
         with reading(self.index):
-            asked = self._table.search().select(list(columns))
+            asked = self._table.search().with_row_id(True).select(list(columns))
             return (asked if where is None else asked.where(where)).limit(max(self.facts.rows, 1)).to_arrow()
 
 
