@@ -39,11 +39,13 @@ def conclude(
     *,
     told: tuple[type[BaseException], ...],
     stopped: str,
+    goes_on: str = "--resume continues it from the newest checkpoint",
 ) -> int:
     """Say once why the run ends; the exit status of this process.
 
-    told: errors whose message says all a user needs. stopped: what a stop signal interrupted. Raises `error` itself
-    when it is neither and this process is alone.
+    told: errors whose message says all a user needs. stopped: what a stop signal interrupted. goes_on: how a run whose
+    ranks lost each other is continued, where torchrun does not. Raises `error` itself when it is neither and this
+    process is alone.
     """
     if watch is None:
         return _conclude_alone(error, told, stopped, speaks=find_place().rank == 0)
@@ -59,8 +61,9 @@ def conclude(
     if lost:
         silent = watch.silent(wait=_SILENT_SECONDS)
         who = f"{watch.name(silent)} left without a word (killed?)" if silent else f"ranks lost each other: {error}"
-        goes_on = "torchrun starts it again" if restart_is_left() else "--resume continues it"
-        return _speak(f"error: {_one_line(who)}; the run stops, {goes_on} from the newest checkpoint", watch)
+        if restart_is_left():
+            goes_on = "torchrun starts it again"
+        return _speak(f"error: {_one_line(who)}; the run stops, {goes_on}", watch)
     if isinstance(error, told):
         return _speak(f"error: {_one_line(str(error))}", watch)
     text = "".join(traceback.format_exception(error))

@@ -28,7 +28,8 @@ from eclip.search.embed.store import Place
 
 _SHOWN = 5
 _TOLD = (ValueError, OSError, torch.OutOfMemoryError)
-_STOPPED = "stopped; what is done is kept, and the same command goes on"
+_GOES_ON = "the same command goes on with what is done"
+_STOPPED = f"stopped; {_GOES_ON}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.sear
             report = _embed(arguments, ranks)
         except BaseException as error:
             with stop.noted():
-                return conclude(error, watch, stop, told=_TOLD, stopped=_STOPPED)
+                return conclude(error, watch, stop, told=_TOLD, stopped=_STOPPED, goes_on=_GOES_ON)
     if report is not None:
         for line in describe(report, arguments.out, ranks.world_size):
             say(line)

@@ -4,6 +4,7 @@ pyarrow is imported here late: it comes with the extra "serve".
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def need(*modules: str) -> None:
     """Raise ValueError, one line, where a package of the extra is missing."""
     import importlib
 
+    os.environ.setdefault("LANCEDB_LOG", "error")  # LanceDB's warnings are of no use to whoever embeds or searches
     for module in modules:
         try:
             importlib.import_module(module)

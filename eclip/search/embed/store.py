@@ -18,7 +18,7 @@ from eclip.files import sync_folder
 from eclip.search.embed import indexes
 from eclip.search.embed.indexes import VectorIndex
 from eclip.search.embed.parts import CannotKeep, keeping
-from eclip.search.embed.schema import TABLE, record_of
+from eclip.search.embed.schema import TABLE, need, record_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,25 +117,30 @@ class Place:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _create(where: str, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"]) -> Any:
+def connect(where: str) -> Any:
+    """A LanceDB database, by folder or address. Raises ValueError where the package is missing."""
+    need("lancedb", "pyarrow")
     import lancedb
+
+    return lancedb.connect(where)
+
+
+def _create(where: str, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"]) -> Any:
     import pyarrow as pa
 
     if not _ADDRESS.match(where):
         shutil.rmtree(where, ignore_errors=True)  # a writing that was killed
         os.makedirs(where, exist_ok=True)
     reader = pa.RecordBatchReader.from_batches(schema, batches)
-    return lancedb.connect(where).create_table(TABLE, data=reader, schema=schema, mode="overwrite")
+    return connect(where).create_table(TABLE, data=reader, schema=schema, mode="overwrite")
 
 
 def _open(where: str) -> Any:
     """The table of a database, or None."""
-    import lancedb
-
     if not _ADDRESS.match(where) and not os.path.isdir(where):
         return None
     try:
-        return lancedb.connect(where).open_table(TABLE)
+        return connect(where).open_table(TABLE)
     except (ValueError, FileNotFoundError) as error:
         if "not found" in str(error).lower() or "does not exist" in str(error).lower():
             return None
