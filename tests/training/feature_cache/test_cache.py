@@ -238,3 +238,19 @@ def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
 def test_only_what_is_locked_is_cached(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
     cache = _open(tmp_path, parts, config=dataclasses.replace(CONFIG, lock_text=False))
     assert cache.lookup(torch.zeros(1, 2, dtype=torch.long), step=0, seed=0).texts is None
+
+
+def test_a_cache_is_of_what_its_tower_computes(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+    """The same weights under another activation or other pixel statistics give other features."""
+    _open(tmp_path, parts)
+    usual = set(tmp_path.glob("*.npy"))
+    assert len(usual) == 2
+    for number, changes in enumerate(({"pixel_statistics": "clip"}, {"vision_activation": "quick_gelu"})):
+        model = ECLIP(dataclasses.replace(parts[0].config, **changes)).eval()
+        model.load_state_dict(parts[0].state_dict())
+        config = dataclasses.replace(CONFIG, model=tiny(max_positions=64, **changes))
+        _open(tmp_path, (model, *parts[1:]), config=config)
+        assert len(set(tmp_path.glob("images-*.npy")) - usual) == number + 1, changes
+    other = dataclasses.replace(CONFIG, model=tiny(max_positions=64, text_activation="quick_gelu"))
+    _open(tmp_path, parts, config=other)
+    assert len(set(tmp_path.glob("texts-*.npy")) - usual) == 1

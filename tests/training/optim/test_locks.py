@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eclip.config import RunConfig
+from eclip.config import OptimConfig, RunConfig
 from eclip.model.eclip import ECLIP
 from eclip.presets import PRESETS
 from eclip.train import train
@@ -15,6 +15,7 @@ from eclip.training.build import build_model
 from eclip.training.checkpoint import load_run
 from eclip.training.momentum import make_momentum
 from eclip.training.optim import check_locks, param_groups
+from eclip.training.optim.groups import lr_scales
 from eclip.training.step import TrainStep
 from tests.helpers import run_torchrun
 from tests.training.run_folders import ALONE, assert_refused, make_config
@@ -153,3 +154,21 @@ def test_two_ranks_train_the_unlocked_blocks_as_one_does(twelve_products: Path, 
             moved = one.get_parameter(name) - parameter
             torch.testing.assert_close(two.get_parameter(name) - parameter, moved, rtol=0.05, atol=2e-6, msg=name)
             assert bool(moved.any()) == parameter.requires_grad, name
+
+
+def test_what_stands_above_the_blocks_of_clip_and_siglip() -> None:
+    """Final norms, SigLIP's pooling and head train with the last block, and learn as fast as what follows the tower."""
+    config = _config(lock_image=True, lock_text=True, unlock_last=1)
+    model = dataclasses.replace(
+        config.model, vision_architecture="siglip", text_architecture="siglip", text_pooling="last", max_positions=55
+    )
+    built = build_model(dataclasses.replace(config, model=model))
+    assert _trained(built, "image_encoder") == _below(built, "image_encoder", "blocks.2.", "norm.", "attn_pool.")
+    assert _trained(built, "text_encoder") == _below(built, "text_encoder", "blocks.2.", "final_norm.", "head.")
+    clip = dataclasses.replace(model, vision_architecture="clip", text_architecture="clip")
+    built = build_model(dataclasses.replace(config, model=clip))
+    assert _trained(built, "image_encoder") == _below(built, "image_encoder", "blocks.2.", "norm.")
+    assert _trained(built, "text_encoder") == _below(built, "text_encoder", "blocks.2.", "final_norm.")
+    scales = lr_scales(built, OptimConfig(layer_decay=0.5))
+    assert scales["image_encoder.norm.weight"] == scales["text_encoder.final_norm.weight"] == 1
+    assert scales["image_encoder.norm_pre.weight"] == scales["text_encoder.word_embedding.weight"] == 0.5 ** (DEPTH + 1)
