@@ -11,7 +11,7 @@ import { announce, byId, make } from "./dom.js";
 import { Filters, examples, sizeOf } from "./filters.js";
 import { HeatMaps } from "./heat.js";
 import { onPhoto, readPhoto, showPhoto } from "./photo.js";
-import { card, headline, notice, skeletons } from "./results.js";
+import { card, describe, headline, notice, skeletons } from "./results.js";
 import { emptyQuery, filterCount, isAsking, readAddress, writeAddress } from "./state.js";
 
 const PAGE = 24; // results at first, and more at a press
@@ -22,6 +22,7 @@ const BRIEF = 150; // milliseconds that nobody sees as waiting
 let query = emptyQuery();
 let limit = PAGE;
 let catalogue = null;
+let shownHits = [];
 let running = null; // the AbortController of the search that is under way
 const heat = new HeatMaps();
 const tool = new BoxTool(byId("stage"), byId("overlay"), (box) => change({ box }));
@@ -117,13 +118,13 @@ function showAnswer(asked, answer, milliseconds, more) {
   const { hits, photo } = answer;
   document.body.dataset.state = "results";
   heat.start(asked);
-  const shown = catalogue ? Object.keys(catalogue.attributes).slice(0, 3) : [];
-  const cards = hits.map((hit, rank) => card(hit, { heat, shown, onSimilar: searchSimilar, rank }));
+  const cards = hits.map((hit, rank) => card(hit, { heat, shown: attributesShown(), onSimilar: searchSimilar, rank }));
+  shownHits = hits;
   const kept = more ? byId("hits").children.length : 0;
   byId("hits").replaceChildren(...cards);
   if (kept) cards[kept]?.querySelector("button").focus();
   else byId("hits").scrollTop = 0;
-  const line = headline(asked, hits.length);
+  const line = headline(asked, hits.length, limit);
   byId("headline").textContent = line;
   byId("subline").textContent = hits.length ? `${(milliseconds / 1000).toFixed(2)} s` : "";
   byId("more").hidden = hits.length < limit || limit >= MOST;
@@ -132,10 +133,19 @@ function showAnswer(asked, answer, milliseconds, more) {
   showFound(asked, photo);
 }
 
+const attributesShown = () => (catalogue ? Object.keys(catalogue.attributes).slice(0, 3) : []);
+
+// The catalogue's attributes may come after a first answer.
+function describeCards() {
+  const lines = byId("hits").querySelectorAll(".meta");
+  lines.forEach((line, i) => (line.textContent = describe(shownHits[i], attributesShown())));
+}
+
+const withoutFilters = ["Clear the filters", () => change({ category: "", attributes: {}, priceMin: null, priceMax: null })];
+
 function nothingFound(asked) {
   if (!filterCount(asked)) return { text: "Nothing matches.", detail: "Try other words, or a photo." };
-  const clear = () => change({ category: "", attributes: {}, priceMin: null, priceMax: null });
-  return { text: "Nothing passes these filters.", actions: [["Clear the filters", clear]] };
+  return { text: "Nothing passes these filters.", actions: [withoutFilters] };
 }
 
 // Words with a photo say which thing in it is meant: where the model sees it.
@@ -153,7 +163,9 @@ function showFailure(error) {
   byId("more").hidden = true;
   byId("headline").textContent = "No answer";
   byId("subline").textContent = "";
-  notice({ kind: "error", text: error.message, actions: [["Try again", () => start(true)]] });
+  const ways = [["Try again", () => start(true)]];
+  if (error.status === 422 && filterCount(query)) ways.push(withoutFilters);
+  notice({ kind: "error", text: error.message, actions: ways });
   announce(`No answer. ${error.message}`);
 }
 
@@ -204,6 +216,7 @@ async function start(again = false) {
     filters.build(catalogue);
     filters.show(query);
     showExamples();
+    describeCards();
     if (!isAsking(query)) showStart();
   } catch (error) {
     if (!asking) showFailure(error);

@@ -39,6 +39,7 @@ export function showPhoto(photo) {
   canvas.height = photo.height;
   canvas.getContext("2d").drawImage(photo.bitmap, 0, 0);
   canvas.setAttribute("aria-label", photo.name);
+  canvas.parentElement.style.setProperty("--ratio", photo.width / photo.height);
 }
 
 /** Call `take(file)` for each picture that the reader gives, by whatever way. */

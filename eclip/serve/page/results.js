@@ -43,7 +43,8 @@ function footer(hit, name, onSimilar) {
   return make("div", { class: "card-foot" }, price, similar, score);
 }
 
-function describe(hit, shown) {
+/** A line of what a hit is: its category and some of its attributes. */
+export function describe(hit, shown) {
   const values = shown.map((name) => hit.attributes?.[name]).filter((value) => ["string", "number"].includes(typeof value));
   return [...new Set([hit.category, ...values.map(String)])].filter(Boolean).join(" · ");
 }
@@ -60,12 +61,13 @@ export function skeletons(number) {
   return Array.from({ length: number }, one);
 }
 
-/** "24 products for “red sofa” and the box on the photo". */
-export function headline(query, number) {
+/** "6 products for “red sofa” and the box on your photo"; "The 24 closest ..." where there may be more. */
+export function headline(query, number, limit) {
   const what = [];
   if (query.words) what.push(`“${query.words}”`);
   if (query.photo) what.push(query.box ? "the box on your photo" : "your photo");
-  return `${number ? counted(number, "product") : "No product"} for ${what.join(" and ")}`;
+  const found = number < limit ? counted(number, "product") : `The ${number} closest products`;
+  return `${number ? found : "No product"} for ${what.join(" and ")}`;
 }
 
 /** A line above the results, with a way out: {text, detail, actions: [[label, function]], kind}. */

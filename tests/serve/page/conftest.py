@@ -59,13 +59,18 @@ class Tab:
         self.page.wait_for_selector("#photo:not([hidden])")
 
 
+def tell_missing(missing: str) -> None:
+    """Skip with what to install; fail where the environment says that a browser must be there."""
+    if os.environ.get("CI", "").lower() == "true" or os.environ.get("ECLIP_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"the search page cannot be tested: {missing}", pytrace=False)
+    pytest.skip(f"the search page is not tested: {missing}")
+
+
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
     """One browser for all tests of the page. Where there is none they are skipped, or fail where one is required."""
     if missing := missing_browser():
-        if os.environ.get("CI", "").lower() == "true" or os.environ.get("ECLIP_REQUIRE_BROWSER") == "1":
-            pytest.fail(f"the search page cannot be tested: {missing}", pytrace=False)
-        pytest.skip(f"the search page is not tested: {missing}")
+        tell_missing(missing)
     with browser() as opened:
         yield opened
 
