@@ -6,6 +6,7 @@ takes 0.5 s where the exporter on torch.export, which gives the same numbers, ta
 
 import dataclasses
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class OnnxFile:
     """Bytes."""
     error: float
     """The largest difference from PyTorch over all outputs and sizes; of outputs beyond 1, relative to the largest."""
+    cosine: float | None = None
+    """Of a file with int8 weights: the least cosine of its embeddings with PyTorch's."""
+
+    def told(self) -> str:
+        """How well it agrees, in words."""
+        if self.cosine is not None:
+            return f"int8 weights and activations: cosine with PyTorch {self.cosine:.4f} at least"
+        return f"differs from PyTorch by {self.error:.1e} at most"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +82,13 @@ def require_onnx() -> None:
             raise ValueError(f'--onnx needs the package {name}; pip install "eclip[export]"') from None
 
 
-def write_onnx(folder: Path, model: ECLIP, tokenizer: Tokenizer, max_tokens: int, *, decoder: bool) -> list[OnnxFile]:
+def write_onnx(
+    folder: Path, model: ECLIP, tokenizer: Tokenizer, max_tokens: int, *, decoder: bool, int8: bool = False
+) -> list[OnnxFile]:
     """Write image.onnx, text.onnx and (decoder) decoder.onnx into `folder`, each compared with `model`.
 
-    model: in eval mode, on the CPU. Raises ValueError when a package is missing, a graph is too large for one file, or
-    differs by more than TOLERANCE.
+    int8: beside each one NAME.int8.onnx, for CPUs. model: in eval mode, on the CPU. Raises ValueError when a package is
+    missing, a graph is too large for one file, or differs by more than TOLERANCE.
     """
     require_onnx()
     folder.mkdir(parents=True)
@@ -88,7 +99,12 @@ def write_onnx(folder: Path, model: ECLIP, tokenizer: Tokenizer, max_tokens: int
     graphs = [_image(model, plain), _text(model, plain, tokenizer, max_tokens)]
     if decoder:
         graphs.append(_decoder(model, plain))
-    return [_write(folder, graph) for graph in graphs]
+    written = []
+    for graph in graphs:
+        written.append(_write(folder, graph))
+        if int8:
+            written.append(_write_int8(folder, graph))
+    return written
 
 
 def _image(model: ECLIP, plain: ECLIP) -> _Graph:
@@ -182,13 +198,36 @@ def _write(folder: Path, graph: _Graph) -> OnnxFile:
             opset_version=OPSET,
             dynamo=False,
         )
-    error = _error(path, graph)
+    error, _ = _compare(path, graph)
     if not error <= TOLERANCE:
         raise ValueError(
             f"{path.name}: differs from PyTorch by {error:.1e} in onnxruntime, {TOLERANCE:g} is the most; nothing was "
             f"exported, leave --onnx out"
         )
     return OnnxFile(path.name, path.stat().st_size, error)
+
+
+@torch.no_grad()
+def _write_int8(folder: Path, graph: _Graph) -> OnnxFile:
+    """onnxruntime's dynamic quantisation: weights by output channel in the file, activations when it runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = folder / f"{graph.name}.int8.onnx"
+    kinds = ["MatMul", "Gemm", "Gather"]  # not Conv: of patches it is a hundredth of the work
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises, by the root logger, to fold constants first, which export has done
+    try:
+        quantize_dynamic(
+            folder / f"{graph.name}.onnx",
+            path,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=kinds,
+        )
+    finally:
+        logging.disable(before)
+    error, cosine = _compare(path, graph)
+    return OnnxFile(path.name, path.stat().st_size, error, cosine)
 
 
 def _used(module: Any) -> list[Tensor]:
@@ -202,17 +241,18 @@ def _used(module: Any) -> list[Tensor]:
     return [parameter for part in parts[type(module)] for parameter in part.parameters()]
 
 
-def _error(path: Path, graph: _Graph) -> float:
-    """See `OnnxFile.error`."""
+def _compare(path: Path, graph: _Graph) -> tuple[float, float]:
+    """The largest difference and the least cosine: see `OnnxFile`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    worst = 0.0
+    differences, cosines = [], []
     for number, sample in enumerate(graph.samples):
         feed = {name: tensor.numpy() for name, tensor in zip(graph.inputs, sample, strict=True)}
-        for found, wanted in zip(session.run(None, feed), graph.expected(number), strict=True):
-            difference = np.abs(found - wanted.numpy()).max() / max(1.0, float(wanted.abs().max()))
-            worst = max(worst, float(difference)) if np.isfinite(difference) else float("nan")
-            if found.shape != tuple(wanted.shape):
-                raise ValueError(f"{path.name}: gives {found.shape} where PyTorch gives {tuple(wanted.shape)}")
-    return worst
+        found, wanted = session.run(None, feed), [tensor.numpy() for tensor in graph.expected(number)]
+        for one, other in zip(found, wanted, strict=True):
+            if one.shape != other.shape:
+                raise ValueError(f"{path.name}: gives {one.shape} where PyTorch gives {other.shape}")
+            differences.append(np.abs(one - other).max() / max(1.0, np.abs(other).max()))
+        cosines.append((found[0] * wanted[0]).sum(-1).min())  # unit vectors
+    return float(np.max(differences)), float(np.min(cosines))

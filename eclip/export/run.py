@@ -72,7 +72,8 @@ def export_run(run_dir: Path, out: Path, wanted: Wanted) -> None:
             write_towers(folder / TOWERS, model, tokenizer, facts.max_tokens)
         files: list[OnnxFile] = []
         if wanted.onnx:
-            files = write_onnx(folder / ONNX, model, tokenizer, facts.max_tokens, decoder=facts.trains_decoder)
+            decoder, length = facts.trains_decoder, facts.max_tokens
+            files = write_onnx(folder / ONNX, model, tokenizer, length, decoder=decoder, int8=wanted.int8)
         card = CardFacts(
             name=wanted.name or run_dir.resolve().name,
             facts=facts,
@@ -210,7 +211,7 @@ def _told(folder: Path, out: Path, card: CardFacts) -> list[str]:
     ]
     if card.has_towers:
         lines.append(f"{size(TOWERS)}: {image_class(model)} and {text_class(model)} of transformers, float32")
-    lines += [f"{size(f'{ONNX}/{f.name}')}: differs from PyTorch by {f.error:.1e} at most" for f in card.onnx]
+    lines += [f"{size(f'{ONNX}/{f.name}')}: {f.told()}" for f in card.onnx]
     if card.evaluation is None:
         lines.append("the card has no numbers: this checkpoint was not evaluated (eclip evaluate, then export again)")
     if card.licence is None:

@@ -164,12 +164,6 @@ def read_exported(folder: Path, device: torch.device | str = "cpu") -> tuple[ECL
     return model.to(device).eval(), facts, tokenizer
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer alone. Raises ValueError."""
-    record = _record(folder)
-    return _tokenizer(folder, record, _facts(folder, record))
-
-
 def _tokenizer(folder: Path, record: Mapping[str, Any], facts: Facts) -> Tokenizer:
     _require_written(folder, TOKENIZER, record)
     tokenizer = Tokenizer.load(folder)

@@ -61,6 +61,16 @@ def test_the_graphs_one_after_the_other_are_the_encoder(model: ECLIP, files: Pat
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
+def test_int8_files_are_close(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([*WORDS, *onnx_files._TEXTS], 128)
+    written = write_onnx(tmp_path / "onnx", made(), tokenizer, 12, decoder=True, int8=True)
+    assert [file.name for file in written[::2]] == ["image.onnx", "text.onnx", "decoder.onnx"]
+    for exact, rounded in zip(written[::2], written[1::2], strict=True):
+        assert rounded.name == exact.name.replace(".onnx", ".int8.onnx")
+        assert exact.cosine is None and rounded.error > exact.error
+        assert rounded.cosine is not None and 0.97 < rounded.cosine < 1
+
+
 def test_padding_changes_nothing(files: Path) -> None:
     from onnxruntime import InferenceSession
 
