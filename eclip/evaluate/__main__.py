@@ -41,6 +41,9 @@ class Arguments:
     cache_dir: Path | None = None
     """With a locked image tower: keep its outputs here, so that the next evaluation need not compute them. A run that
     was trained with --cache-features keeps them beside the shards anyway."""
+    decode_queries: int = 0
+    """Also rerank 50 candidates each for so many queries with instances decoded for the question: slow, 50 decodings a
+    query and table. Without it the matching head sees stored vectors alone."""
     quiet: bool = False
     """No progress bars."""
 
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.eval
             limit=arguments.limit,
             threshold=arguments.threshold,
             cache_dir=arguments.cache_dir,
+            decode_queries=arguments.decode_queries,
             progress=not arguments.quiet,
             which="best" if arguments.best else "newest",
             weights=arguments.weights,

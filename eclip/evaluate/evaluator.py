@@ -13,8 +13,10 @@ from eclip.dataloading.schema import ImageRecord, Product
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
 from eclip.evaluate.extraction import encode_batches, extract_features
+from eclip.evaluate.extras import NOTHING, Extras, choose_extras, image_record, product_positions
 from eclip.evaluate.features import Features
 from eclip.evaluate.inputs import Catalogue
+from eclip.evaluate.prompting import trains_head
 from eclip.evaluate.report.sheet import Overlay
 from eclip.evaluate.report.tables import Table
 from eclip.model.eclip import ECLIP
@@ -44,12 +46,8 @@ class Split:
 
     def records(self) -> list[ImageRecord]:
         """(n,) what is known of each image; the images without a record come last in their product."""
-        found = []
-        for row, position, product in zip(self.features.rows, self.features.products, self.products(), strict=True):
-            place = int(row) - int(self.index.image_start[position])
-            known = place < len(product.images)
-            found.append(product.images[place] if known else ImageRecord(file=self.index.image_key(int(row))))
-        return found
+        places = zip(self.features.rows, self.features.products, self.products(), strict=True)
+        return [image_record(self.index, product, int(position), int(row)) for row, position, product in places]
 
     def unseen_type(self) -> NDArray[np.bool_]:
         """(n,) whether training saw no product of this head noun, where the catalogue says so."""
@@ -63,6 +61,7 @@ class Wanted:
     split: str
     rows: NDArray[np.int64]
     batch_size: int
+    extras: Extras
 
 
 @dataclass(kw_only=True)
@@ -81,22 +80,30 @@ class Evaluator:
     """With a locked image tower: read its outputs from, or first write them to, this folder (float16)."""
     cache_is_wanted: bool = False
     """The user named cache_dir: it is an error when it cannot be written, else the outputs are computed each time."""
+    decode_queries: int = 0
+    """So many queries have their candidates decoded one by one (tasks/reranking.py)."""
     progress: bool = True
     ranks: Ranks = ALONE
     """Rank 0, and the others that help it (together.py)."""
 
     def split(self, name: str, index: ShardIndex, limit: int | None) -> Split:
         """Compute the features of an opened split, or of `limit` of its products; tell which images are left out."""
-        features, corrupt = self.features(index, choose_rows(index, limit), f"{name} features")
+        rows = choose_rows(index, limit)
+        known = {int(p): index.product(int(p)) for p in np.unique(product_positions(index, rows))}
+        sample = self.decode_queries if trains_head(self.config.objective) else 0
+        extras = choose_extras(index, rows, known, sample=sample)
+        features, corrupt = self.features(index, rows, f"{name} features", extras)
         for line in corrupt:
             print(f"left out, not decodable: {line}")
-        facts = {int(p): index.product(int(p)) for p in np.unique(features.products)}
+        facts = {int(p): known[int(p)] for p in np.unique(features.products)}
         return Split(name=name, index=index, features=features, corrupt=corrupt, facts=facts)
 
-    def features(self, index: ShardIndex, rows: NDArray[np.int64], label: str) -> tuple[Features, list[str]]:
+    def features(
+        self, index: ShardIndex, rows: NDArray[np.int64], label: str, extras: Extras = NOTHING
+    ) -> tuple[Features, list[str]]:
         """`extract_features` of these rows, from the cache where there is one."""
         if self.ranks.world_size > 1:
-            self.ranks.from_main(lambda: Wanted(index.split, rows, self.batch_size))
+            self.ranks.from_main(lambda: Wanted(index.split, rows, self.batch_size, extras))
         return extract_features(
             self.model,
             index,
@@ -108,6 +115,7 @@ class Evaluator:
             cache=self._open_cache(index),
             progress=self.progress,
             label=label,
+            extras=extras,
             ranks=self.ranks,
         )
 
@@ -125,6 +133,7 @@ class Evaluator:
             cache=self._open_cache(index),
             progress=False,
             label="",
+            extras=wanted.extras,
             ranks=self.ranks,
         )
 

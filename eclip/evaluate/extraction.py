@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -22,8 +23,10 @@ from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.text import WordPiece
-from eclip.evaluate.features import Features
-from eclip.model.eclip import ECLIP
+from eclip.evaluate.extras import NOTHING, Extras, product_positions
+from eclip.evaluate.features import Features, Prompted
+from eclip.evaluate.prompting import decode_by_text
+from eclip.model.eclip import ECLIP, ImageFeatures
 from eclip.objectives.objective import make_objective
 from eclip.parallel.ranks import ALONE, Ranks
 from eclip.training.feature_cache.cache import FeatureCache
@@ -41,6 +44,10 @@ class EncodedBatch:
     """(m,) of the rows that could be decoded, among those asked for."""
     found: dict[str, Tensor]
     """(m, ...) float32 on the CPU by name; empty when m is 0."""
+    prompted: dict[str, Tensor]
+    """Of the p that another title prompts: "text" and, of a trained decoder, "instance"; unit vectors (p, D)."""
+    tokens: dict[int, Tensor]
+    """Row -> (N, D) float16 on the CPU, of those that are wanted."""
     corrupt: list[str]
     """One "key: reason" for each of the others."""
 
@@ -83,9 +90,10 @@ def extract_features(
     cache: FeatureCache | None = None,
     progress: bool = True,
     label: str = "features",
+    extras: Extras = NOTHING,
     ranks: Ranks = ALONE,
 ) -> tuple[Features, list[str]]:
-    """Compute the features of `rows`, batch_size images at a time; results are kept on the CPU.
+    """Compute the features of `rows` (ascending), batch_size images at a time; results are kept on the CPU.
 
     Returns them and one "key: reason" for each image that could not be decoded; those rows are left out. With a
     `cache` the image tower's outputs are read from it and no image is decoded. Of several `ranks` this is rank 0, and
@@ -103,6 +111,7 @@ def extract_features(
         cache=cache,
         progress=progress,
         label=label,
+        extras=extras,
         ranks=ranks,
     )
     assert batches is not None, "rank 0 has those of all"
@@ -111,7 +120,10 @@ def extract_features(
     if not kept:
         raise ValueError(f"none of the {len(rows)} images could be decoded; the first: {''.join(corrupt[:1])}")
     parts = {name: [batch.found[name] for batch in kept] for name in kept[0].found}
-    return _join(index, rows[np.concatenate([batch.places for batch in kept])], parts), corrupt
+    features = _join(index, rows[np.concatenate([batch.places for batch in kept])], parts)
+    features.prompted = _join_prompted(index, features.rows, extras, [batch.prompted for batch in kept])
+    features.tokens = {row: tokens for batch in kept for row, tokens in batch.tokens.items()}
+    return features, corrupt
 
 
 @torch.inference_mode()
@@ -127,6 +139,7 @@ def encode_batches(
     cache: FeatureCache | None,
     progress: bool,
     label: str,
+    extras: Extras,
     ranks: Ranks,
 ) -> list[EncodedBatch] | None:
     """Encode this rank's share of the batches of `rows`; on rank 0 those of all ranks, in order, else None."""
@@ -138,17 +151,34 @@ def encode_batches(
     for number in tqdm(ranks.share(count), desc=label, unit="batch", disable=not progress):
         places = np.arange(number * batch_size, min((number + 1) * batch_size, len(rows)))
         places, tower, corrupt = _towers(model, index, config, rows, places, cache, device)
-        found: dict[str, Tensor] = {}
+        found, prompted, tokens = dict[str, Tensor](), dict[str, Tensor](), dict[int, Tensor]()
         if tower is not None:
-            text = texts[torch.from_numpy(title_of[places]).to(device)]
-            embedded = objective.embed(model, model.project_image(tower), text)
+            image, text = model.project_image(tower), texts[torch.from_numpy(title_of[places]).to(device)]
+            embedded = objective.embed(model, image, text)
             found = {name: value.float().cpu() for name, value in embedded.items()}
             if not any(batch.found for batch in mine) and not any(value.isfinite().any() for value in found.values()):
                 # All of the first batch: the rest need not be waited for.
                 _require_finite(found.values(), [index.image_key(int(row)) for row in rows[places]], "images")
-        mine.append(EncodedBatch(places, found, corrupt))
+            asked = [place for place, row in enumerate(rows[places]) if int(row) in extras.prompts]
+            if asked:
+                titles_of = np.searchsorted(rows, [extras.prompts[int(row)] for row in rows[places[asked]]])
+                other = texts[torch.from_numpy(title_of[titles_of]).to(device)]
+                prompted = _prompt(model, image, asked, other, decoder=objective.trains_decoder)
+            kept = [(place, int(row)) for place, row in enumerate(rows[places]) if int(row) in extras.tokens]
+            tokens = {row: image.tokens[place].half().cpu() for place, row in kept}
+        mine.append(EncodedBatch(places, found, prompted, tokens, corrupt))
     shares = ranks.gather_to_main(mine)
     return None if shares is None else _in_turn(shares)
+
+
+def _prompt(
+    model: ECLIP, image: ImageFeatures, asked: Sequence[int], text: Tensor, *, decoder: bool
+) -> dict[str, Tensor]:
+    """`EncodedBatch.prompted` of the images at the places `asked`, each with its row of `text` (p, D)."""
+    found = {"text": F.normalize(text, dim=-1)}
+    if decoder:
+        found["instance"] = decode_by_text(model, image.tokens[list(asked)], text)
+    return {name: value.float().cpu() for name, value in found.items()}
 
 
 def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
@@ -208,7 +238,7 @@ def _join(index: ShardIndex, rows: NDArray[np.int64], parts: dict[str, list[Tens
     _require_finite(joined.values(), [index.image_key(int(row)) for row in rows], "images")
     return Features(
         rows=rows,
-        products=np.searchsorted(index.image_start, rows, side="right") - 1,
+        products=product_positions(index, rows),
         sources=np.array(SOURCES)[index.image_source[rows]],
         titles=index.title_ids[rows],
         global_image=joined["global_image"],
@@ -218,6 +248,24 @@ def _join(index: ShardIndex, rows: NDArray[np.int64], parts: dict[str, list[Tens
         instance_image=joined.get("instance_image"),
         instance_text=joined.get("instance_text"),
         instance_map=joined.get("instance_map"),
+    )
+
+
+def _join_prompted(
+    index: ShardIndex, rows: NDArray[np.int64], extras: Extras, parts: Sequence[dict[str, Tensor]]
+) -> Prompted | None:
+    """Of the decodable `rows` those that another title prompts, from the batches they were in."""
+    asked = np.array([row for row in rows if int(row) in extras.prompts], dtype=np.int64)
+    if not len(asked):
+        return None
+    joined = {name: torch.cat([part[name] for part in parts if part]) for name in max(parts, key=len)}
+    _require_finite(joined.values(), [index.image_key(int(row)) for row in asked], "images")
+    of = np.array([extras.prompts[int(row)] for row in asked], dtype=np.int64)
+    return Prompted(
+        rows=asked,
+        products=product_positions(index, of),
+        text=joined["text"],
+        instance=joined.get("instance"),
     )
 
 

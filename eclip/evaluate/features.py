@@ -5,7 +5,8 @@ of its own title, the instance embedding prompted by each of the two, and two sc
 names": the decoder's assignment of patches to the title's query, and (CLIP's usual way) the cosine of patch and title.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,25 @@ from torch import Tensor
 
 
 @dataclass(kw_only=True)
+class Prompted:
+    """p of the images, each prompted by the title of another product that it shows (`Extras.prompts`)."""
+
+    rows: NDArray[np.int64]
+    """(p,) rows of the shard index, ascending."""
+    products: NDArray[np.int64]
+    """(p,) positions of the products whose titles these are."""
+    text: Tensor
+    """(p, D) feature of that title, L2-normalised."""
+    instance: Tensor | None
+    """(p, D) instance embedding prompted by it; None without a trained decoder."""
+
+
+@dataclass(kw_only=True)
 class Features:
     """Features of n images (CPU, float32, embeddings L2-normalised) and the facts that label them.
 
-    Memory: 4 n (4 D + 2 N) bytes, 4 KiB an image at D=192, N=64 and 14 KiB at D=768, N=196.
+    Memory: 4 n (4 D + 2 N) bytes, 4 KiB an image at D=192, N=64 and 14 KiB at D=768, N=196; 2 N D for each image whose
+    tokens are kept.
     """
 
     rows: NDArray[np.int64]
@@ -42,17 +58,21 @@ class Features:
     """(n, D) instance embedding prompted by the title."""
     instance_map: Tensor | None
     """(n, N) share of each patch token that the title's query takes from the T-1 others."""
+    prompted: Prompted | None = None
+    """Some of the images, prompted by other titles than their own; None where none was asked for."""
+    tokens: Mapping[int, Tensor] = field(default_factory=dict)
+    """Row -> (N, D) float16, projected patch tokens of the few images that they are kept of (`Extras.tokens`)."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Features":
-        """The same features for some of the images."""
+        """The same features for some of the images; `prompted` and `tokens`, which name their rows, as they are."""
         chosen = torch.from_numpy(np.flatnonzero(keep) if keep.dtype == bool else keep)
         picked: dict[str, Any] = {
             name: value[chosen] if isinstance(value, Tensor) else value[chosen.numpy()]
             for name, value in vars(self).items()
-            if value is not None
+            if isinstance(value, Tensor | np.ndarray)
         }
         return replace(self, **picked)
 

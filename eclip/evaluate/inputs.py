@@ -26,12 +26,16 @@ class NoSplit(ValueError):
     """The catalogue has no such split; one that is there and cannot be read is another matter."""
 
 
-def check_numbers(batch_size: int, limit: int | None, threshold: float | Literal["auto"]) -> None:
+def check_numbers(
+    batch_size: int, limit: int | None, threshold: float | Literal["auto"], decode_queries: int = 0
+) -> None:
     """Raise ValueError for numbers that mean nothing."""
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: take at least one image at a time")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: evaluate at least one product, or leave it out")
+    if decode_queries < 0:
+        raise ValueError(f"--decode-queries {decode_queries}: give a number of queries, or leave it out for none")
     if threshold != "auto" and not (math.isfinite(threshold) and 0 < threshold < 1):
         raise ValueError(f"--threshold {threshold}: the score maps lie in [0, 1]; give a number between, or auto")
 

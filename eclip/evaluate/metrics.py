@@ -38,20 +38,21 @@ def hit_at(hits: NDArray[np.bool_], k: int) -> NDArray[np.float64]:
 
 
 @functools.cache
-def expected_average_precision(positives: int, gallery: int, k: int) -> float:
+def expected_average_precision(positives: int, gallery: int, k: int, total: int | None = None) -> float:
     """AP@k (see `average_precision`) of a random ranking of `gallery` items, `positives` of them right.
 
+    total: the P that AP@k counts, where the items are an excerpt of the gallery that holds some of the positives only.
     Given h hits in the first n = min(k, P, M) ranks, the hit ranks are a uniform h-subset of 1..n, so that
     E[AP | h] = 1/n * sum_i 1/i * (1 + (i-1)(h-1)/(n-1)); h is hypergeometric.
     """
-    n = min(k, positives, gallery)
+    n = min(k, positives if total is None else total, gallery)
     harmonic = [1.0 / i for i in range(1, n + 1)]
-    total = 0.0
-    for h in range(max(1, n - (gallery - positives)), n + 1):
+    expected = 0.0
+    for h in range(max(1, n - (gallery - positives)), min(n, positives) + 1):
         others = (h - 1) / (n - 1) if n > 1 else 0.0  # chance that another given rank is a hit too
-        expectation = sum(inverse * (1 + i * others) for i, inverse in enumerate(harmonic)) / n
-        total += _hypergeometric(h, positives, gallery, n) * expectation
-    return total
+        given = sum(inverse * (1 + i * others) for i, inverse in enumerate(harmonic)) / n
+        expected += _hypergeometric(h, positives, gallery, n) * given
+    return expected
 
 
 @functools.cache
@@ -95,16 +96,49 @@ def retrieval_scores(
     queries: (Q, D); gallery: (M, D); labels: (Q,), (M,). Queries without any match in the gallery are left out (the
     caller counts them with `count_positives`). Raises ValueError when no query has a match, or for NaN and infinity.
     """
+    kept = count_positives(query_labels, gallery_labels) > 0
+    if not kept.any():
+        raise ValueError(_NO_MATCH)
+    found = top_matches(queries[torch.from_numpy(kept)], gallery, max(RANKS))
+    return ranking_scores(found, query_labels[kept], gallery_labels, average=average)
+
+
+def ranking_scores(
+    found: NDArray[np.int64],
+    query_labels: NDArray[np.int64],
+    gallery_labels: NDArray[np.int64],
+    *,
+    average: bool,
+) -> dict[str, float]:
+    """`retrieval_scores` of given rankings: found (Q, K) gallery rows, best first, K >= min(max(RANKS), M)."""
     positives = count_positives(query_labels, gallery_labels)
     kept = positives > 0
     if not kept.any():
         raise ValueError(_NO_MATCH)
-    found = top_matches(queries[torch.from_numpy(kept)], gallery, max(RANKS))
-    hits = gallery_labels[found] == query_labels[kept][:, None]
+    hits = gallery_labels[found[kept]] == query_labels[kept][:, None]
     scores = {f"R@{k}": float(hit_at(hits, k).mean()) for k in RANKS}
     if average:
         scores = {f"mAP@{k}": float(average_precision(hits, positives[kept], k).mean()) for k in RANKS} | scores
     return scores
+
+
+def shuffled_scores(
+    found: NDArray[np.int64], query_labels: NDArray[np.int64], gallery_labels: NDArray[np.int64]
+) -> dict[str, float]:
+    """What `ranking_scores` gives in expectation, mAP included, when each query's (Q, K) items are put in random order.
+
+    Exact: chance for whoever orders what another one found. Raises ValueError as it does.
+    """
+    positives = count_positives(query_labels, gallery_labels)
+    kept = positives > 0
+    if not kept.any():
+        raise ValueError(_NO_MATCH)
+    held = (gallery_labels[found[kept]] == query_labels[kept][:, None]).sum(1)
+    pairs = [(int(h), int(p)) for h, p in zip(held, positives[kept], strict=True)]
+    size = found.shape[1]
+    expected = {k: np.mean([expected_average_precision(h, size, k, p) for h, p in pairs]) for k in RANKS}
+    hit = {k: np.mean([expected_hit(h, size, k) for h, _ in pairs]) for k in RANKS}
+    return {f"mAP@{k}": float(v) for k, v in expected.items()} | {f"R@{k}": float(v) for k, v in hit.items()}
 
 
 def chance_scores(

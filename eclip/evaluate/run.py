@@ -23,6 +23,8 @@ from eclip.evaluate.tasks import (
     image_text_loss,
     image_text_retrieval,
     product_retrieval,
+    reranking,
+    words_and_photo,
 )
 from eclip.files import replace_text, writing
 from eclip.objectives.objective import make_objective
@@ -38,6 +40,8 @@ TASKS: tuple[Task, ...] = (
     image_text_retrieval.run,
     image_text_loss.run,
     product_retrieval.run,
+    words_and_photo.run,
+    reranking.run,
     grounding.run,
 )
 """In the order of the tables."""
@@ -63,6 +67,7 @@ def evaluate_run(
     limit: int | None = None,
     threshold: float | Literal["auto"] = "auto",
     cache_dir: Path | None = None,
+    decode_queries: int = 0,
     progress: bool = True,
     which: Which = "newest",
     weights: Weights = "model",
@@ -74,6 +79,7 @@ def evaluate_run(
     data_dir: the catalogue, where it is not the one at the place that the run recorded (see inputs.py). limit: take
     only so many products, evenly spread. threshold: cuts the score maps into regions; "auto" takes the
     best of a small grid on the VAL split. cache_dir: see Evaluator; a run trained with --cache-features has one anyway.
+    decode_queries: for so many queries, also rerank with candidates decoded one by one (tasks/reranking.py).
     ranks: this is rank 0 of several that help (together.py).
     Writes RUN/evaluation.json and, where boxes are known, RUN/grounding.png; whatever is not the usual has its own
     files (evaluation-val.json, evaluation-best-momentum.json). Returns what the JSON holds:
@@ -82,7 +88,7 @@ def evaluate_run(
     and, after the tables are printed, when the files cannot be written.
     """
     run_dir = Path(run_dir)
-    check_numbers(batch_size, limit, threshold)
+    check_numbers(batch_size, limit, threshold, decode_queries)
     device = choose_device(device)
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"{run_dir}: no run here (config.json is missing); give the --run-dir that training wrote")
@@ -101,6 +107,7 @@ def evaluate_run(
         threshold=threshold,
         cache_dir=cache_folder(config) if cache_dir is None and config.cache_features else cache_dir,
         cache_is_wanted=cache_dir is not None,
+        decode_queries=decode_queries,
         progress=progress,
         ranks=ranks,
     )

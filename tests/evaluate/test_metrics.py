@@ -14,7 +14,9 @@ from eclip.evaluate.metrics import (
     expected_average_precision,
     expected_hit,
     hit_at,
+    ranking_scores,
     retrieval_scores,
+    shuffled_scores,
     top_matches,
 )
 
@@ -70,6 +72,21 @@ def test_chance_is_the_mean_over_all_rankings(positives: int, gallery: int, k: i
     count = np.full(len(hits), positives)
     assert expected_average_precision(positives, gallery, k) == pytest.approx(average_precision(hits, count, k).mean())
     assert expected_hit(positives, gallery, k) == pytest.approx(hit_at(hits, k).mean())
+
+
+def test_chance_of_an_order_of_what_was_found_is_the_mean_over_all_orders() -> None:
+    """The second query's third page was not found: it counts among its positives all the same. The third has none."""
+    gallery, queries = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 1, 7])
+    found = np.array([[0, 1, 2, 5], [2, 3, 0, 5], [0, 1, 2, 3]])
+    orders = [ranking_scores(found[:, order], queries, gallery, average=True) for order in map(list, _orders(4))]
+    expected = {metric: np.mean([scores[metric] for scores in orders]) for metric in orders[0]}
+    assert shuffled_scores(found, queries, gallery) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no query has a match"):
+        shuffled_scores(found[2:], queries[2:], gallery)
+
+
+def _orders(count: int) -> list[tuple[int, ...]]:
+    return list(itertools.permutations(range(count)))
 
 
 def test_chance_of_a_large_gallery_is_finite() -> None:

@@ -30,7 +30,8 @@ def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert set(tables) == {
         "classification_type", "classification_category", "image_text_retrieval", "image_text_retrieval_product",
         "image_text_loss", "product_retrieval", "product_retrieval_unseen_type", "product_retrieval_coarse",
-        "grounding", "grounding_unseen_type",
+        "product_retrieval_words", "product_retrieval_prompted", "product_retrieval_prompted_other",
+        "rerank_words", "rerank_photos", "grounding", "grounding_unseen_type",
     }  # fmt: skip
     assert tables["classification_type"]["instance (image+text)"]["Acc@1"] == 1
     assert tables["classification_type"]["text only"]["Acc@1"] == 1
@@ -49,6 +50,15 @@ def test_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert result["tables"]["product_retrieval"]["counts"] == {"queries": 6, "gallery": 6}
     assert result["tables"]["product_retrieval_unseen_type"]["counts"] == {"queries": 1, "gallery": 6}
     assert tables["product_retrieval_coarse"]["chance"]["mAP@1"] == pytest.approx(1 / 2)
+
+    other = tables["product_retrieval_prompted_other"]
+    assert result["tables"]["product_retrieval_prompted_other"]["counts"] == {"queries": 6, "gallery": 6}
+    assert other["both: instance (title)"]["mAP@1"] == 1 and other["both: instance (title)"]["photo's own R@1"] == 0
+    assert tables["product_retrieval_prompted"]["both: instance (title)"]["mAP@1"] == 1
+    assert other["chance"]["mAP@1"] == other["chance"]["photo's own R@1"] == pytest.approx(1 / 6)
+    assert tables["product_retrieval_words"]["page: instance (title)"]["mAP@1"] == 1
+    assert tables["rerank_words"]["head, stored instance"]["mAP@1"] == 1
+    assert tables["rerank_photos"]["chance, of these 50"] == pytest.approx(tables["rerank_photos"]["chance"])
 
     retrieval = tables["image_text_retrieval"]
     assert result["tables"]["image_text_retrieval"]["counts"] == {"images": 18, "texts": 6}
@@ -87,7 +97,10 @@ def test_clip_run_has_no_instance_rows(
     assert not result["decoder_trained"]
     for name, table in result["tables"].items():
         assert not [row for row in table["rows"] if row.startswith("instance")], name
+        assert not [row for row in table["rows"] if "instance" in row or "head" in row], name
     assert "global" in result["tables"]["grounding"]["rows"]
+    assert "both: global + text" in result["tables"]["product_retrieval_prompted_other"]["rows"]
+    assert result["skipped"]["rerank_photos"] == "this run trained no matching head"
     assert "instance rows: absent" in capsys.readouterr().out
 
 
@@ -106,6 +119,7 @@ def test_a_decoder_that_no_loss_reached_is_untrained(
     result = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), Catalogue(), **changed), progress=False)
     assert result["decoder_trained"] is trained
     assert ("instance" in result["tables"]["grounding"]["rows"]) is trained
+    assert ("rerank_words" in result["tables"]) is (trained and changed.get("itm_weight", 1.0) > 0)
 
 
 def test_every_file_of_tasks_is_a_task() -> None:
@@ -139,6 +153,11 @@ def test_catalogue_without_boxes_or_sources(
         "classification_type",
         "product_retrieval",
         "product_retrieval_coarse",
+        "product_retrieval_words",
+        "product_retrieval_prompted",
+        "product_retrieval_prompted_other",
+        "rerank_words",
+        "rerank_photos",
         "grounding",
     }
     assert "classification_category" in result["tables"] and "image_text_retrieval" in result["tables"]
@@ -163,6 +182,24 @@ def test_the_smallest_split_has_no_undefined_number(
 ) -> None:
     result = evaluate_run(prepare(tmp_path, monkeypatch, Catalogue(), None), progress=False, limit=limit)
     assert not [name for name, table in result["tables"].items() if "undefined" in table]
+
+
+def test_candidates_are_decoded_for_as_many_queries_as_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(tmp_path, monkeypatch, Catalogue(corrupt=4), Catalogue())
+    result = evaluate_run(run, batch_size=5, progress=False, decode_queries=4)
+    words, photos = (result["tables"][name] for name in ("rerank_words_decoded", "rerank_photos_decoded"))
+    assert words["counts"] == photos["counts"] | {"queries": 4} and photos["counts"]["queries"] in (3, 4)
+    # Prompted by the words, a page shows its colour in full where it is that colour.
+    assert words["rows"]["head, page prompted by the words"]["mAP@1"] == 1
+    assert "cosine, photo prompted by the title + cosine" in photos["rows"]
+    none = evaluate_run(run, progress=False, limit=1, decode_queries=1)["tables"]["rerank_photos_decoded"]
+    assert none["counts"] == {"queries": 1, "gallery": 1}
+    with pytest.raises(ValueError, match="--decode-queries -1"):
+        evaluate_run(run, progress=False, decode_queries=-1)
+    without = evaluate_run(
+        prepare(tmp_path, monkeypatch, Catalogue(), Catalogue(), objective="clip"), progress=False, decode_queries=1
+    )
+    assert without["skipped"]["rerank_words_decoded"] == "this run trained no matching head"
 
 
 def test_missing_run_is_one_clear_line(tmp_path: Path) -> None:
