@@ -115,10 +115,11 @@ function wait(more) {
 }
 
 function showAnswer(asked, answer, milliseconds, more) {
-  const { hits, photo } = answer;
+  const { hits, photo, scored_by: scoredBy } = answer;
   document.body.dataset.state = "results";
   heat.start(asked);
-  const cards = hits.map((hit, rank) => card(hit, { heat, shown: attributesShown(), onSimilar: searchSimilar, rank }));
+  const given = { heat, shown: attributesShown(), onSimilar: searchSimilar, scoredBy };
+  const cards = hits.map((hit, rank) => card(hit, { ...given, rank }));
   shownHits = hits;
   const kept = more ? byId("hits").children.length : 0;
   byId("hits").replaceChildren(...cards);

@@ -4,8 +4,9 @@ import { boxShape, byId, counted, describeBox, make, makeSvg } from "./dom.js";
 
 const FIRST_ROWS = 8; // pictures that are fetched at once; the others when they come near
 
-/** A hit's card. `shown`: names of the attributes worth a line; `onSimilar(hit)`: search for what looks like it. */
-export function card(hit, { heat, shown, onSimilar, rank }) {
+/** A hit's card. `shown`: names of the attributes worth a line; `onSimilar(hit)`: search for what looks like it;
+    `scoredBy`: what its score is. */
+export function card(hit, { heat, shown, onSimilar, rank, scoredBy }) {
   const { id, title, width, height, box } = hit;
   const name = title || hit.product || id;
   const image = make("img", {
@@ -32,13 +33,13 @@ export function card(hit, { heat, shown, onSimilar, rank }) {
     picture,
     make("h3", { title: name, dir: "auto" }, name),
     make("p", { class: "meta" }, describe(hit, shown)),
-    footer(hit, name, onSimilar),
+    footer(hit, name, onSimilar, scoredBy),
   );
 }
 
-function footer(hit, name, onSimilar) {
+function footer(hit, name, onSimilar, scoredBy) {
   const similar = make("button", { type: "button", class: "link", "aria-label": `More like ${name}`, onclick: () => onSimilar(hit) }, "More like this");
-  const score = Number.isFinite(hit.score) ? make("span", { class: "score", title: "Score" }, make("span", { class: "hidden" }, "score "), hit.score.toFixed(2)) : null;
+  const score = Number.isFinite(hit.score) ? make("span", { class: "score", title: `Score: ${scoredBy ?? "larger is better"}` }, make("span", { class: "hidden" }, "score "), hit.score.toFixed(2)) : null;
   const price = Number.isFinite(hit.price) ? make("span", { class: "price" }, hit.price.toLocaleString()) : null;
   return make("div", { class: "card-foot" }, price, similar, score);
 }

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import uvicorn
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -133,6 +132,8 @@ def make_index(folder: Path) -> Path:
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
     """The real application over an index of the coloured things, in a thread: its address."""
+    import uvicorn
+
     searcher = Searcher(ImageTable.open(make_index(folder / "index")), colour_model())
     service, port = Service(searcher, Limits()), free_port()
     app = create_app(service, hosts={"127.0.0.1"})
