@@ -2,15 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from eclip.search.embed import Report
 from eclip.search.embed.__main__ import main
-from tests.helpers import ROOT, file_size_limit, rank_environment
+from eclip.search.embed.parts import Parts
+from tests.helpers import file_size_limit
 
 
 def fails(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
@@ -72,20 +71,12 @@ def test_a_folder_that_cannot_be_made(
     assert "cannot be written (Not a directory)" in said
 
 
-def test_a_stop_is_one_line(run_dir: Path, shards: Path, tmp_path: Path) -> None:
-    script = tmp_path / "stopped.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from eclip.search.embed.parts import Parts\n"
-        "from eclip.search.embed.__main__ import main\n"
-        "from eclip.parallel.ending import leave\n"
-        "Parts.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "leave(main(sys.argv[1:]))\n"
-    )
-    flags = ["--model", str(run_dir), "--data", str(shards), "--out", str(tmp_path / "index"), "--quiet"]
-    command = [sys.executable, str(script), *flags]
-    done = subprocess.run(command, env=rank_environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    said = (done.stdout + done.stderr).strip().splitlines()
-    assert done.returncode == 128 + signal.SIGTERM
-    assert said == ["SIGTERM: stopped; the same command goes on with what is done"]
+def test_a_stop_is_one_line(
+    run_dir: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parts, "write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    flags = ("--model", run_dir, "--data", shards, "--out", tmp_path / "index", "--quiet")
+    assert main([str(flag) for flag in flags]) == 128 + signal.SIGTERM
+    said = capsys.readouterr()
+    assert (said.out + said.err).strip() == "SIGTERM: stopped; the same command goes on with what is done"
     assert os.listdir(tmp_path / "index") == ["work"]
