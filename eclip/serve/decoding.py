@@ -29,7 +29,7 @@ class DecodePool:
         self._size, self._limits, self._program = size, limits, program
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._lock, self._open = threading.Lock(), 0
+        self._lock, self._open, self._closed = threading.Lock(), 0, False
         self._all: set[_Process] = set()
         for _ in range(workers):
             self._idle.put(self._start())
@@ -52,17 +52,26 @@ class DecodePool:
         """End the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
+            self._closed = True
             for process in self._all:
                 process.kill()
             self._all.clear()
+
+    @property
+    def processes(self) -> list[int]:
+        """Ids of the processes."""
+        with self._lock:
+            return [process.pid for process in self._all]
 
     def _done(self, _: object) -> None:
         with self._lock:
             self._open -= 1
 
     def _start(self) -> "_Process":
-        process = _Process(self._program)
         with self._lock:
+            if self._closed:
+                raise busy("it is being stopped")
+            process = _Process(self._program)
             self._all.add(process)
         return process
 
@@ -114,6 +123,11 @@ class _Process:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        return self._process.pid
 
     @property
     def ended(self) -> bool:

@@ -58,10 +58,8 @@ class Guard:
         if self.hosts is not None and _hostname(host) not in self.hosts:
             raise Refusal(400, f"host {_shown(host)} is not served here; eclip serve --allow-host NAME adds one")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        same = urlsplit(origin).netloc.lower() == host.lower() or _hostname(urlsplit(origin).netloc) in (
-            self.hosts or ()
-        )
-        if origin and not same:
+        place = origin.partition("://")[2]
+        if origin and place.lower() != host.lower() and _hostname(place) not in (self.hosts or ()):
             raise Refusal(403, f"a page of {_shown(origin)} may not ask this server")
 
 
@@ -72,7 +70,7 @@ class _Exchange:
         self.guard, self.scope, self.limits = guard, scope, guard.limits
         self._receive, self._send = receive, send
         self.started, self.status = time.monotonic(), 0
-        self.read, self.ended = 0, False
+        self.read, self.ended, self.gone = 0, False, False
 
     async def run(self) -> None:
         headers = dict(self.scope["headers"])
@@ -83,6 +81,8 @@ class _Exchange:
         except Refusal as refusal:
             await self.refuse(refusal)
         except Exception:
+            if self.gone:  # in the middle of an upload: there is nobody to tell
+                return
             number = secrets.token_hex(4)
             LOG.exception("error %s in %s", number, self._line())
             await self.refuse(Refusal(500, f"an error of the server's; its log has it as {number}"))
@@ -111,6 +111,7 @@ class _Exchange:
             message = await (self._receive() if self.ended else asyncio.wait_for(self._receive(), max(left, 0.001)))
         except asyncio.TimeoutError:
             raise Refusal(408, f"the upload took longer than {self.limits.upload_seconds:g} s") from None
+        self.gone = message["type"] == "http.disconnect"
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
             self.read += size
