@@ -8,7 +8,8 @@ A table on stdout, or JSON; a page or a picture with the regions that matched.
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ import tyro
 
 from eclip.dataloading.schema import Box
 from eclip.dataloading.system.console import say
+from eclip.files import CannotWrite, cannot_write
 from eclip.presets import one_line_errors
 from eclip.search.query import Answer, Filters, Query, Searcher
 from eclip.search.report import format_answer, gather, write_page, write_sheet
@@ -138,11 +140,22 @@ def _write(arguments: Arguments, searcher: Searcher, query: Query, answer: Answe
     photo, hits = gather(searcher, query, answer)
     question = asked_for(query)
     if arguments.html is not None:
-        write_page(arguments.html, question, f"scored by {answer.scored_by}", photo, hits)
+        with _flag("--html", arguments.html):
+            write_page(arguments.html, question, f"scored by {answer.scored_by}", photo, hits)
         say(f"written: {arguments.html}", sys.stderr)
     if arguments.png is not None:
-        note = write_sheet(arguments.png, question, photo, hits)
+        with _flag("--png", arguments.png):
+            note = write_sheet(arguments.png, question, photo, hits)
         say(f"written: {arguments.png}" + (f" ({note})" if note else ""), sys.stderr)
+
+
+@contextmanager
+def _flag(name: str, path: Path) -> Iterator[None]:
+    """A file that cannot be written is said of its flag."""
+    try:
+        yield
+    except CannotWrite as error:
+        raise CannotWrite(cannot_write(path, error, flag=name)) from error
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def check(table: ImageTable, split: str | None, limit: int | None = None) -> dic
     place = {row: i for i, row in enumerate(gallery["_rowid"].to_pylist())}
     found = {}
     for column in columns:
-        queries, vectors = matrix(asking[column])[kept], matrix(gallery[column])
+        queries, vectors = matrix(asking[column])[kept], matrix(gallery[column]).copy()
         checked = _check(table, column, pages, queries, vectors, asked[kept], labels, place)
         found[column] = (checked, len(kept), len(gallery))
     return found
