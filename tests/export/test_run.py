@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import eclip
+from eclip.evaluate.run import evaluate_run
 from eclip.export import run as run_module
 from eclip.export.run import Wanted, export_run
 from eclip.files import PARTIAL
@@ -103,6 +104,11 @@ def test_what_cannot_be_exported_is_one_line(finished: Path, exported: Path, tmp
             export_run(run, out, wanted)
         assert "\n" not in str(refusal.value)
     assert not out.exists() and not out.with_name(f"out{PARTIAL}").exists()
+
+
+def test_what_needs_a_run_says_that_this_is_none(exported: Path) -> None:
+    with pytest.raises(ValueError, match="an exported model, not a run; eclip.load and --start-from open it"):
+        evaluate_run(exported, progress=False)
 
 
 def test_a_full_disk_leaves_what_was_there(finished: Path, exported: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from eclip.training.checkpoint.tensors import (
     unreadable,
 )
 from eclip.training.momentum import is_locked
+from eclip.weights.exported import is_exported
 
 Weights = Literal["model", "momentum"]
 """The trained weights, or their moving average (EMA), which an objective with a momentum model keeps."""
@@ -74,6 +75,11 @@ def load_run(
     run_dir = Path(run_dir)
     config = read_config(run_dir) if list_checkpoints(run_dir) else None
     found = find_checkpoint(run_dir, which=which)
+    if config is None and is_exported(run_dir):
+        raise ValueError(
+            f"{run_dir}: an exported model, not a run; eclip.load and --start-from open it, what needs a run's catalogue "
+            f"or settings takes the run that it is from"
+        )
     if config is None or found is None:
         raise ValueError(f"{run_dir}: no complete checkpoint; train first (python -m eclip.train --run-dir {run_dir})")
     tokenizer = read_tokenizer(run_dir, found.state.get("tokenizer"))
