@@ -77,8 +77,8 @@ def load_run(
     found = find_checkpoint(run_dir, which=which)
     if config is None and is_exported(run_dir):
         raise ValueError(
-            f"{run_dir}: an exported model, not a run; eclip.load and --start-from open it, what needs the catalogue or "
-            f"settings of a run takes the one that it is from"
+            f"{run_dir}: an exported model, not a run; eclip.load and --start-from open it, what needs settings or "
+            f"catalogue of a run takes the one that it is from"
         )
     if config is None or found is None:
         raise ValueError(f"{run_dir}: no complete checkpoint; train first (python -m eclip.train --run-dir {run_dir})")
