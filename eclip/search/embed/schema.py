@@ -1,5 +1,19 @@
 """The table of an index: its columns, and the record in its metadata that says what it was made of.
 
+    id                       text; KEY/FILE of a table, SPLIT/KEY/FILE of shards; no two are equal
+    product, title, category, source      text; the product as the shop names it, the image's own title
+    attributes               text; a JSON object, the SKU's values before the product's
+    facets                   list of text; "name=value" of what one filters by
+    price                    float64 or null
+    image                    text; where it lies: a file, or TAR/MEMBER
+    width, height            int32; of the upright image, pixels
+    thumbnail                binary; JPEG, the whole image
+    global, text             unit vectors of the image and of its title
+    instance_image, instance_title        unit vectors of the product in it, asked with the image itself, with its title
+    box_image, box_title     four float32: x0, y0, x1, y1 in pixels of width x height; where these instances are
+
+Parquet files (--parquet) have the same columns: all numbers of a vector in float32, every facet.
+
 pyarrow is imported here late: it comes with the extra "serve".
 """
 

@@ -144,9 +144,8 @@ def test_a_database_with_an_address_takes_an_index(model: TrainedModel, shards: 
     address, kept = f"file://{tmp_path}/bucket/index", tmp_path / "parts"
     with pytest.raises(ValueError, match="an address holds no unfinished work; name a folder for it: --parquet DIR"):
         embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(address))
-    for _ in range(2):
-        report = embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(address, parquet=kept))
-    assert report is not None and not report.new
+    made = [embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(address, parquet=kept)) for _ in range(2)]
+    assert [report is not None and report.new for report in made] == [True, False]
     assert connect(address).open_table("images").count_rows() == 51
     assert not list(Path().glob("file:*"))
 
