@@ -1,4 +1,4 @@
-"""Settings of every test process: one thread, the order, Triton's interpreter and no `gpu` tests where there is no GPU."""
+"""Settings of every test process: one thread, the order of files, and what a machine without a GPU does instead."""
 
 import os
 from pathlib import Path
