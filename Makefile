@@ -1,4 +1,4 @@
-# make train | test | bench | lint | clean. The first call makes .venv and installs into it; nothing else is needed
+# make train | serve | test | bench | lint | clean. The first call makes .venv and installs into it; nothing else is needed
 # but a python3 >= 3.10 (another one: make PYTHON=python3.12 ...).
 
 PYTHON ?= python3
@@ -10,12 +10,14 @@ WORKERS ?= 2
 # With a GPU: its own torch (>= 2.11) and the gpu extra. Without: the pinned versions of constraints.txt.
 ifneq ($(shell nvidia-smi -L 2>/dev/null),)
 VENV := --system-site-packages
-INSTALL := -e .[gpu,dev]
+EXTRAS := gpu,dev
 else
-INSTALL := -c constraints.txt -e .[dev]
+VERSIONS := -c constraints.txt
+EXTRAS := dev
 endif
+INSTALL := $(BIN)/python -m pip install $(VERSIONS)
 
-.PHONY: train test bench lint clean
+.PHONY: train serve test bench lint clean
 
 # A killed `make train` continues where it was. `make train FLAGS="--steps 200"` passes flags on;
 # `make train TOWERS=no` trains both towers from scratch.
@@ -27,13 +29,23 @@ train: .venv/installed towers/ready
 	$(BIN)/python -m eclip.train --preset demo_towers --resume $(FLAGS)
 endif
 
-test: .venv/installed
+# A page to search the embedded catalogue with, after `make train`: http://127.0.0.1:8000.
+# `make serve FLAGS="--port 8080"` passes flags on; RUN and DATA name another run and its shards.
+RUN ?= runs/demo_towers
+DATA ?= data/demo
+INDEX ?= index/$(notdir $(RUN))
+serve: .venv/shop
+	@test -f $(RUN)/config.json || { echo "make: $(RUN) is not there; make train trains it first"; exit 1; }
+	$(BIN)/python -m eclip embed --model $(RUN) --data $(DATA) --out $(INDEX)
+	$(BIN)/python -m eclip serve --index $(INDEX) $(FLAGS)
+
+test: .venv/tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(FLAGS)
 
 bench: .venv/installed
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
-lint: .venv/installed
+lint: .venv/tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
@@ -45,7 +57,16 @@ clean:
 	  echo "make: $(PYTHON) is missing or older than 3.10; install a newer one or name it: make PYTHON=python3.12 ..."; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV) .venv
-	$(BIN)/python -m pip install $(INSTALL)
+	$(INSTALL) -e .[$(EXTRAS)]
+	touch $@
+
+# Training needs neither of these two.
+.venv/shop: .venv/installed
+	$(INSTALL) -e .[$(EXTRAS),serve,export]
+	touch $@
+
+.venv/tests: .venv/installed
+	$(INSTALL) -e .[$(EXTRAS),serve,export,browser]
 	touch $@
 
 # Two small pretrained towers that ordinary packages carry; the README says where they are from.

@@ -16,6 +16,10 @@ COMMANDS = {
     "pack": "a table and a folder of images into shards",
     "train": "train, then evaluate",
     "evaluate": "a trained run on products that training has not seen",
+    "export": "a trained run into one folder: weights, settings, tokenizer, card, ONNX",
+    "embed": "a catalogue into an index that can be searched",
+    "search": "an index by words, by photo or by a region of a photo",
+    "serve": "a page and an API to search an index with",
     "demo": "the embedded catalogue into shards",
 }
 """Every command with its line of --help; `_run` has a case for each."""
@@ -59,6 +63,23 @@ def _run(command: str, arguments: Sequence[str], prog: str) -> int:
             from eclip.evaluate import __main__ as evaluate
 
             evaluate.main(arguments, prog=prog)
+        case "export":
+            from eclip.export import __main__ as export
+
+            export.main(arguments, prog=prog)
+        case "embed":
+            from eclip.parallel.ending import leave
+            from eclip.search.embed import __main__ as embed
+
+            leave(embed.main(arguments, prog=prog))
+        case "search":
+            from eclip.search import __main__ as search
+
+            search.main(arguments, prog=prog)
+        case "serve":
+            from eclip.serve import __main__ as serve
+
+            serve.main(arguments, prog=prog)
         case "demo":
             from eclip.dataloading.demo import pack as demo
 
@@ -75,7 +96,7 @@ def _help(prog: str) -> str:
     ]
     lines += [f"  {command:10}{line}" for command, line in COMMANDS.items()]
     lines += ["", f"{prog} COMMAND --help lists the flags of a command, {prog} --version says the version."]
-    lines += ["On several devices: torchrun --nproc_per_node=N -m eclip.train [FLAGS]"]
+    lines += ["On several devices: torchrun --nproc_per_node=N -m eclip train [FLAGS], and embed likewise"]
     return "\n".join(lines) + "\n"
 
 

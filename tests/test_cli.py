@@ -12,6 +12,10 @@ import pytest
 import eclip.dataloading.demo.pack
 import eclip.dataloading.pack
 import eclip.evaluate.__main__
+import eclip.export.__main__
+import eclip.search.__main__
+import eclip.search.embed.__main__
+import eclip.serve.__main__
 import eclip.train
 from eclip import __version__, cli
 from tests.helpers import ROOT, rank_environment, run_command
@@ -21,10 +25,14 @@ MAINS = {
     "pack": ("eclip.dataloading.pack", eclip.dataloading.pack.main),
     "train": ("eclip.train", eclip.train.main),
     "evaluate": ("eclip.evaluate", eclip.evaluate.__main__.main),
+    "export": ("eclip.export", eclip.export.__main__.main),
+    "embed": ("eclip.search.embed", eclip.search.embed.__main__.main),
+    "search": ("eclip.search", eclip.search.__main__.main),
+    "serve": ("eclip.serve", eclip.serve.__main__.main),
     "demo": ("eclip.dataloading.demo", eclip.dataloading.demo.pack.main),
 }
 """Command -> the module that `python -m` runs, and its main."""
-COMMANDS = "Commands: pack, train, evaluate, demo"
+COMMANDS = "Commands: pack, train, evaluate, export, embed, search, serve, demo"
 
 
 def run(*arguments: str, module: str = "eclip") -> tuple[int, str, str]:
@@ -143,6 +151,10 @@ def test_help_of_a_command_is_the_program_s_under_its_name(command: str, capsys:
     [
         ("train", ["--steppes", "3"], "error: --steppes: no such flag; did you mean --steps"),
         ("evaluate", ["--checkpoint", "x", "--limits", "3"], "error: "),
+        ("export", ["--checkpoint", "x"], "error: "),
+        ("embed", ["--out", "x", "--parket"], "error: "),
+        ("search", ["--limits", "3"], "error: "),
+        ("serve", ["--port", "x"], "error: "),
         ("pack", [], "{prog}: error: the following arguments are required: --table, --images, --out"),
         ("demo", ["--sed", "3", "x"], "{prog}: error: unrecognized arguments: "),
     ],
