@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"eclip.dataloading.demo": ["catalog/*"]},
+    package_data={"eclip.dataloading.demo": ["catalog/*"], "eclip.serve": ["page/*"]},
     include_package_data=False,
     entry_points={"console_scripts": ["eclip = eclip.cli:main"]},
     install_requires=[
@@ -55,14 +55,13 @@ setup(
         # `eclip embed`, `eclip search` and `eclip serve`: the index, and the page with its API.
         "serve": [
             "fastapi>=0.115",
-            "jinja2>=3.1",
             "lancedb>=0.40",
             "pyarrow>=16",
             "python-multipart>=0.0.18",
             "uvicorn>=0.30",
         ],
         # `eclip export --onnx`.
-        "export": ["onnx>=1.16", "onnxruntime>=1.20", "onnxscript>=0.5"],
+        "export": ["onnx>=1.16", "onnxruntime>=1.20"],
         # What only the tests of the page want; they also want a Chromium.
         "browser": ["httpx>=0.27", "playwright>=1.50"],
         # Noto for the letters of many scripts in the pictures; fonts of the system serve as well.

@@ -66,7 +66,7 @@ REQUIRED = {
 # Files that are all about one optional package import it at their top, and are themselves imported late.
 LATE = {"dali_pipeline": "nvidia"}
 OPTIONAL = {
-    *("apex", "fastapi", "jinja2", "lancedb", "nvidia", "onnx", "onnxruntime", "onnxscript", "pyarrow", "pydantic"),
+    *("apex", "fastapi", "lancedb", "nvidia", "onnx", "onnxruntime", "pyarrow", "pydantic", "python_multipart"),
     *("starlette", "tensorboard", "transformers", "uvicorn", "wandb", "xformers"),
 }
 
