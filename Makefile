@@ -30,13 +30,15 @@ train: .venv/installed towers/ready
 endif
 
 # A page to search the embedded catalogue with, after `make train`: http://127.0.0.1:8000.
-# `make serve FLAGS="--port 8080"` passes flags on; RUN and DATA name another run and its shards.
+# `make serve FLAGS="--port 8080"` passes flags on; RUN and DATA name another run and its shards, SPLITS= takes all of
+# them instead of the two that training has not seen.
 RUN ?= runs/demo_towers
 DATA ?= data/demo
+SPLITS ?= --split val test
 INDEX ?= index/$(notdir $(RUN))
 serve: .venv/shop
 	@test -f $(RUN)/config.json || { echo "make: $(RUN) is not there; make train trains it first"; exit 1; }
-	$(BIN)/python -m eclip embed --model $(RUN) --data $(DATA) --out $(INDEX)
+	$(BIN)/python -m eclip embed --model $(RUN) --data $(DATA) $(SPLITS) --facets colour size type --out $(INDEX)
 	$(BIN)/python -m eclip serve --index $(INDEX) $(FLAGS)
 
 test: .venv/tests

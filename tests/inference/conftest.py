@@ -9,12 +9,12 @@ from eclip.inference import TrainedModel
 from tests.training.run_folders import make_data, make_run
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be written to."""
     return make_run(make_data(tmp_path_factory.mktemp("shards")), tmp_path_factory.mktemp("runs") / "finished")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model(finished: Path) -> TrainedModel:
     return eclip.load(finished)

@@ -43,6 +43,8 @@ def test_every_way_to_give_an_image_gives_the_same_pixels(tmp_path: Path) -> Non
 def test_a_jpeg_is_decoded_as_in_evaluation() -> None:
     data = encoded(Image.fromarray(noise(400, 300)), "JPEG")
     assert torch.equal(read_picture(data, SIZE).square, decode_square(data, SIZE))
+    # The decoder makes it at an eighth; its size is that of the file all the same.
+    assert read_picture(data, SIZE).size == (300, 400)
     box = (20.0, 30.0, 120.0, 90.0)
     cropped = decode_crop(data, SIZE, box, flip=False)
     assert np.array_equal(read_picture(data, SIZE, box).square.numpy(), cropped)

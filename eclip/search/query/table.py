@@ -23,6 +23,7 @@ from eclip.search.query.filters import quoted
 from eclip.search.query.fusion import Candidate
 
 _SUMMED = 200  # candidates of each column that are compared by the sum
+_REFINED = 2000  # whole vectors that an approximate index may read for a question's column
 _ROW = ("id", "product", "title", "category", "attributes", "price", "image", "source", "width", "height")
 _BOXES = ("box_image", "box_title")
 
@@ -135,7 +136,8 @@ class ImageTable:
             elif column in self._indexed:
                 plan = self.facts.index
                 # 0: as many partitions as it takes to find `count` rows that fulfil the filter.
-                asked = asked.minimum_nprobes(plan.nprobes).maximum_nprobes(0).refine_factor(plan.refine)
+                refine = max(1, min(plan.refine, _REFINED // count))
+                asked = asked.minimum_nprobes(plan.nprobes).maximum_nprobes(0).refine_factor(refine)
             if where is not None:
                 asked = asked.where(where, prefilter=True)
             found = asked.limit(count).with_row_id(True).select(["product", "_distance"]).to_arrow()

@@ -66,16 +66,19 @@ def tell_missing(missing: str) -> None:
     pytest.skip(f"the search page is not tested: {missing}")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests of the page. Where there is none they are skipped, or fail where one is required."""
+    """One browser for a file's tests. Where there is none they are skipped, or fail where one is required.
+
+    Not longer: while Playwright runs, its event loop does, and no other test of the process could start one.
+    """
     if missing := missing_browser():
         tell_missing(missing)
     with browser() as opened:
         yield opened
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def url(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server's address."""
     with serving(tmp_path_factory.mktemp("page")) as address:
