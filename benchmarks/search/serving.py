@@ -64,7 +64,7 @@ def questions(index: str, count: int) -> dict[str, list[dict[str, Any]]]:
     rows = ImageTable.open(index).scan(["title", "thumbnail"]).to_pylist()
     chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
     return {
-        "words": [{"data": {"words": row["title"]}} for row in chosen],
+        "words": [{"json": {"words": row["title"]}} for row in chosen],
         "photo": [{"files": {"photo": row["thumbnail"]}} for row in chosen],
     }
 
