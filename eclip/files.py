@@ -49,7 +49,12 @@ def _free(path: Path) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `path` (UTF-8) so that a reader, or the next start after a power cut, sees the old text or the new one.
+    """`replace_bytes` of UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write `path` so that a reader, or the next start after a power cut, sees the old content or the new one.
 
     Raises CannotWrite; the old file is then untouched.
     """
@@ -57,8 +62,8 @@ def replace_text(path: Path, text: str) -> None:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

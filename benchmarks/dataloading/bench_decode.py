@@ -19,7 +19,7 @@ from benchmarks.harness.machine import ON_GPU
 from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 
 STORED, SIZE = 160, 96  # pixels: side of the shards' JPEGs, and of the batch's crops
 PRODUCTS = None if ON_GPU else 24
@@ -40,7 +40,7 @@ def test_loader(bench: Bench, index: ShardIndex, decoder: str) -> None:
         pytest.importorskip("nvidia.dali")
     loader = ProductLoader(
         index,
-        WordPiece.train(index.texts(), 512),
+        Tokenizer.train(index.texts(), 512),
         global_batch_size=BATCH,
         image_size=SIZE,
         decoder=decoder,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from statistics import median
 from eclip.dataloading.demo import pack_demo
 from eclip.dataloading.loader import Decoder, ProductLoader
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 
 WARM = 4  # batches: more than any decoder has ahead
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pack_demo(Path(folder), image_size=args.stored, images_per_product=6, limit=args.products, progress=False)
         index = ShardIndex.open(Path(folder), "train")
-        tokenizer = WordPiece.train(index.texts(), 512)
+        tokenizer = Tokenizer.train(index.texts(), 512)
         print(f"{args.batch} products a batch, a step of {args.step:g} s | wait | CPU of the training thread")
         for name in args.decoders:
             decoder, _, workers = name.partition(":")

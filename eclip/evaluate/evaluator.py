@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eclip.config import RunConfig
 from eclip.dataloading.schema import ImageRecord, Product
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.evaluate.extraction import encode_batches, extract_features
 from eclip.evaluate.extras import NOTHING, Extras, choose_extras, image_record, product_positions
 from eclip.evaluate.features import Features
@@ -70,7 +70,7 @@ class Evaluator:
 
     model: ECLIP
     config: RunConfig
-    tokenizer: WordPiece
+    tokenizer: Tokenizer
     catalogue: Catalogue
     device: torch.device
     batch_size: int = 64

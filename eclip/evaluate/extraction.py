@@ -22,7 +22,7 @@ from eclip.dataloading.images import CorruptImageError
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.schema import SOURCES
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.evaluate.extras import NOTHING, Extras, product_positions
 from eclip.evaluate.features import Features, Prompted
 from eclip.evaluate.prompting import decode_by_text
@@ -55,7 +55,7 @@ class EncodedBatch:
 @torch.inference_mode()
 def encode_texts(
     model: ECLIP,
-    tokenizer: WordPiece,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     max_tokens: int,
@@ -81,7 +81,7 @@ def encode_texts(
 def extract_features(
     model: ECLIP,
     index: ShardIndex,
-    tokenizer: WordPiece,
+    tokenizer: Tokenizer,
     config: RunConfig,
     rows: NDArray[np.int64],
     *,
@@ -130,7 +130,7 @@ def extract_features(
 def encode_batches(
     model: ECLIP,
     index: ShardIndex,
-    tokenizer: WordPiece,
+    tokenizer: Tokenizer,
     config: RunConfig,
     rows: NDArray[np.int64],
     *,

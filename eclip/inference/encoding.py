@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP, ImageFeatures
 from eclip.model.instance_decoder import IMAGE, TEXT
 
@@ -58,7 +58,7 @@ class Instances:
 class Encoder:
     """A model and its tokenizer, asked in tensors. Threads may share it: nothing in it changes."""
 
-    def __init__(self, model: ECLIP, tokenizer: WordPiece, *, max_tokens: int, trains_decoder: bool) -> None:
+    def __init__(self, model: ECLIP, tokenizer: Tokenizer, *, max_tokens: int, trains_decoder: bool) -> None:
         """model: in eval mode, on its device. trains_decoder: False for one that was trained without (--objective
         clip): it has global embeddings alone."""
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens

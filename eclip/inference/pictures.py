@@ -26,7 +26,6 @@ from eclip.dataloading.images import (
     upright_rgb,
     widen,
 )
-from eclip.dataloading.images import inside_image as inside_image
 from eclip.dataloading.schema import Box
 
 Picture = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]

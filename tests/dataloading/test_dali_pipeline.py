@@ -13,7 +13,7 @@ from eclip.dataloading.images import corrupt, encode_image, open_image, plain
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import jpeg, make_split
 from tests.dataloading.images.pictures import (
     cmyk_profile,
@@ -65,10 +65,10 @@ ODD = {
 }  # fmt: skip
 
 
-def open_split(folder: Path, *, products: int, each: int, data: list[bytes]) -> tuple[ShardIndex, WordPiece]:
+def open_split(folder: Path, *, products: int, each: int, data: list[bytes]) -> tuple[ShardIndex, Tokenizer]:
     make_split(folder, products=products, images=each, image=lambda p, i: data[(p * each + i) % len(data)])
     index = ShardIndex.open(folder, "train")
-    return index, WordPiece.train(index.texts(), vocab_size=128)
+    return index, Tokenizer.train(index.texts(), vocab_size=128)
 
 
 def beside_good_ones(data: list[bytes]) -> list[bytes]:

@@ -15,7 +15,7 @@ from eclip.dataloading.errors import DataError
 from eclip.dataloading.loader import ProductLoader, choose_decoder
 from eclip.dataloading.schema import Batch
 from eclip.dataloading.shards import ShardIndex, stable_hash
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import jpeg, make_split
 
 SIZE = 16
@@ -41,7 +41,7 @@ def damaged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(index):
-    return WordPiece.train(index.texts(), vocab_size=128)
+    return Tokenizer.train(index.texts(), vocab_size=128)
 
 
 def loader(index, tokenizer, **changes):
@@ -270,9 +270,9 @@ def test_program_that_just_ends_exits_cleanly(index, decoder, workers):
         pytest.importorskip("nvidia.dali")
     script = (
         "from pathlib import Path\nfrom eclip.dataloading.loader import ProductLoader\n"
-        "from eclip.dataloading.shards import ShardIndex\nfrom eclip.dataloading.text import WordPiece\n"
+        "from eclip.dataloading.shards import ShardIndex\nfrom eclip.dataloading.text import Tokenizer\n"
         f"index = ShardIndex.open(Path({str(index.data_dir)!r}), 'train')\n"
-        "tokenizer = WordPiece.train(index.texts())\n"
+        "tokenizer = Tokenizer.train(index.texts())\n"
         f"loader = ProductLoader(index, tokenizer, global_batch_size=4, image_size=16, decoder={decoder!r},\n"
         f"                       num_workers={workers})\n"
         "stream = iter(loader)\nnext(stream), next(stream)\nprint('done')\n"

@@ -13,7 +13,7 @@ from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.schedule import BatchSchedule
 from eclip.dataloading.schema import Batch
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import jpeg, make_split
 
 SIZE = 16
@@ -28,7 +28,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(index):
-    return WordPiece.train(index.texts(), vocab_size=128)
+    return Tokenizer.train(index.texts(), vocab_size=128)
 
 
 def loader(index, tokenizer, sizes=GROWING, **changes):

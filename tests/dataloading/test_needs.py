@@ -10,7 +10,7 @@ from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.needs import Needs, loader_needs, require_memory
 from eclip.dataloading.schedule import BatchSchedule
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import make_split
 
 
@@ -27,7 +27,7 @@ def test_workers_share_what_they_allocate(tmp_path, monkeypatch) -> None:
             return super().__new__(cls, file, length)
 
     index = ShardIndex.open(make_split(tmp_path), "train")
-    tokenizer = WordPiece.train(index.texts(), vocab_size=128)
+    tokenizer = Tokenizer.train(index.texts(), vocab_size=128)
     schedule = BatchSchedule.parse("0:2,1:8")
     for micro_batch in (None, 2):
         loader = ProductLoader(
@@ -81,7 +81,7 @@ def test_refusal(monkeypatch) -> None:
 
 def test_the_loader_says_what_it_needs(tmp_path) -> None:
     index = ShardIndex.open(make_split(tmp_path), "train")
-    tokenizer = WordPiece.train(index.texts(), vocab_size=128)
+    tokenizer = Tokenizer.train(index.texts(), vocab_size=128)
     options = {"global_batch_size": 64, "image_size": 32, "num_workers": 2, "world_size": 2}
     gpu = torch.cuda.is_available()
     assert ProductLoader(index, tokenizer, decoder="torch", **options).needs == loader_needs(

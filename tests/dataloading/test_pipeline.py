@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.pipeline import CorruptImageError, decode_crop, decode_square
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import jpeg, make_split
 
 
@@ -90,7 +90,7 @@ def test_dali_decodes_the_same_crops(tmp_path):
     images = [*KINDS.values(), *(jpeg(i, *size) for i, size in enumerate(sizes))]
     folder = make_split(tmp_path, products=5, images=3, image=lambda p, i: images[3 * p + i])
     index = ShardIndex.open(folder, "train")
-    tokenizer = WordPiece.train(index.texts(), vocab_size=128)
+    tokenizer = Tokenizer.train(index.texts(), vocab_size=128)
     batches = {}
     for decoder in ("torch", "dali"):
         loader = ProductLoader(index, tokenizer, global_batch_size=5, image_size=40, decoder=decoder, num_workers=0)

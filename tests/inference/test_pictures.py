@@ -12,7 +12,7 @@ from PIL import Image
 
 from eclip.dataloading.images import CorruptImageError
 from eclip.dataloading.pipeline import decode_crop, decode_square
-from eclip.inference.pictures import describe, inside_image, is_picture, read_picture, to_jpeg
+from eclip.inference.pictures import describe, is_picture, read_picture, to_jpeg
 
 SIZE = 24
 
@@ -115,11 +115,6 @@ def test_what_is_no_image(picture: Any, words: str) -> None:
 def test_a_box_that_holds_nothing(box: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"box {box!r}")):
         read_picture(noise(), SIZE, box)
-
-
-def test_a_box_is_cut_at_the_images_edge() -> None:
-    assert inside_image((-5, -5, 20, 100), (61, 37)) == (0, 0, 20, 37)
-    assert inside_image((np.float32(1), 2, 3, 4), (61, 37)) == (1, 2, 3, 4)
 
 
 def test_names_for_messages() -> None:

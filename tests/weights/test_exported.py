@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eclip
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.files import sha256
 from eclip.inference import load
 from eclip.model.eclip import ECLIP
@@ -37,7 +37,7 @@ def facts(model: ECLIP) -> Facts:
 @pytest.fixture(scope="module")
 def whole(model: ECLIP, facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    write_exported(folder, model, WordPiece.train(WORDS, 128), facts)
+    write_exported(folder, model, Tokenizer.train(WORDS, 128), facts)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_what_is_written_is_read_to_the_bit(model: ECLIP, facts: Facts, whole: P
     read, found, tokenizer = read_exported(whole)
     assert found == facts and not read.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), read.state_dict().values(), strict=True))
-    assert tokenizer.encode(WORDS, 9)[0].tolist() == WordPiece.train(WORDS, 128).encode(WORDS, 9)[0].tolist()
+    assert tokenizer.encode(WORDS, 9)[0].tolist() == Tokenizer.train(WORDS, 128).encode(WORDS, 9)[0].tolist()
     record = json.loads((whole / "config.json").read_text())
     assert (record["format"], record["version"], record["library"]) == ("eclip-model", 1, f"eclip {eclip.__version__}")
 
@@ -105,7 +105,7 @@ def test_int8_rows_miss_by_half_a_step_at_most(model: ECLIP) -> None:
 
 def test_int8_is_read_as_any_other(model: ECLIP, facts: Facts, folder: Path) -> None:
     size = (folder / "model.safetensors").stat().st_size
-    write_exported(folder, model, WordPiece.train(WORDS, 128), Facts(**{**vars(facts), "weights": "int8"}))
+    write_exported(folder, model, Tokenizer.train(WORDS, 128), Facts(**{**vars(facts), "weights": "int8"}))
     assert (folder / "model.safetensors").stat().st_size < size / 2
     read, found, _ = read_exported(folder)
     assert found.weights == "int8"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from eclip.evaluate.report.lettering import Lettering
-from eclip.files import writing
+from eclip.evaluate.report.png import write_png
 
 _GAP, _CAPTION, _LETTERS = 6, 30, 11  # pixels
 
@@ -55,19 +55,8 @@ def draw_sheet(
                 _rectangle(draw, overlay.boxes[name] * scale, x, top, "red")
     if note:
         lettering.draw(draw, (_GAP, sheet.height - _GAP), note, "firebrick", sheet.width - 2 * _GAP)
-    _save(sheet, path)
+    write_png(path, sheet)
     return note
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(partial, "PNG")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _blend(image: NDArray[np.uint8], scores: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.evaluate.evaluator import Evaluator, Outcome, Split
 from eclip.evaluate.extraction import encode_texts
 from eclip.evaluate.features import Features
@@ -42,7 +42,7 @@ def run(evaluator: Evaluator, split: Split) -> Iterator[tuple[str, Outcome]]:
 
 
 def class_features(
-    model: ECLIP, tokenizer: WordPiece, names: Sequence[str], *, max_tokens: int, device: torch.device
+    model: ECLIP, tokenizer: Tokenizer, names: Sequence[str], *, max_tokens: int, device: torch.device
 ) -> Tensor:
     """(classes, D) on the CPU, L2-normalised."""
     prompts = [template.format(name.lower()) for name in names for template in TEMPLATES]

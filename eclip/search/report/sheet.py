@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from eclip.evaluate.report.lettering import Lettering
-from eclip.files import writing
+from eclip.evaluate.report.png import write_png
 from eclip.search.report.shown import Shown
 
 _SIDE, _GAP, _LINE, _LETTERS, _COLUMNS = 220, 12, 16, 12, 5  # pixels; pictures in a row
@@ -33,7 +33,7 @@ def write_sheet(path: Path, question: str, photo: Shown | None, hits: Sequence[S
         _paste(sheet, draw, shown, x, y)
         lettering.draw(draw, (x, y + _SIDE + _LINE - 2), title, "black", _SIDE)
         lettering.draw(draw, (x, y + _SIDE + 2 * _LINE - 2), shown.details, "dimgray", _SIDE)
-    _save(sheet, path)
+    write_png(path, sheet)
     return lettering.note()
 
 
@@ -52,14 +52,3 @@ def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, shown: Shown, x: int, 
 def _ordered(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = box
     return x0, y0, max(x0, x1), max(y0, y1)
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(partial, "PNG")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

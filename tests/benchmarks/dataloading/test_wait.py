@@ -5,7 +5,7 @@ import time
 from benchmarks.dataloading import wait
 from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import make_split
 
 
@@ -19,7 +19,7 @@ def test_late_batches_are_seen(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(index, "read_image", slowly)
     loader = ProductLoader(
-        index, WordPiece.train(index.texts(), 128), global_batch_size=8, image_size=16, decoder="torch", num_workers=0
+        index, Tokenizer.train(index.texts(), 128), global_batch_size=8, image_size=16, decoder="torch", num_workers=0
     )
     late, _ = wait.waits(loader, step=0.0, batches=3)  # 16 reads a batch
     assert late > 100

@@ -18,7 +18,7 @@ from eclip.dataloading.loader import ProductLoader
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.tars import open_tars
 from eclip.dataloading.tars.open_tars import OpenTars
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from tests.dataloading.fixtures import jpeg, make_split
 
 
@@ -115,7 +115,7 @@ def test_store_that_hangs_up(index, monkeypatch, code):
 def test_loader_says_the_same_whatever_decodes(index, decoder, workers):
     if decoder == "dali":
         pytest.importorskip("nvidia.dali")
-    tokenizer = WordPiece.train(index.texts(), vocab_size=128)
+    tokenizer = Tokenizer.train(index.texts(), vocab_size=128)
     for tar in index.tars:
         cut(tar, 6000)
     loader = ProductLoader(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from eclip.dataloading.text import SPECIALS, WordPiece, read_vocabulary
+from eclip.dataloading.text import SPECIALS, Tokenizer, read_vocabulary
 
 ODD = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\xa0", "\u3000", " ", "##\u2028", "﹨"]
 
@@ -28,7 +28,7 @@ def test_pieces_that_python_takes_for_line_ends(tmp_path, end, last, mark):
     vocab = read_vocabulary(path)
     assert list(vocab) == [*SPECIALS, "red", *ODD, "chair"]
     assert list(vocab.values()) == list(range(len(vocab)))
-    tokenizer = WordPiece.from_vocab_file(path)
+    tokenizer = Tokenizer.from_vocab_file(path)
     assert tokenizer.vocab_size == len(vocab)
     assert tokenizer.encode(["red chair"])[0].tolist()[1:-1] == [5, 6 + len(ODD)]
 
@@ -68,7 +68,7 @@ def test_a_carriage_return_within_a_line_and_an_empty_piece(tmp_path):
 def test_other_files_are_told(tmp_path, data, words):
     path = write(tmp_path, data)
     with pytest.raises(ValueError, match=words) as error:
-        WordPiece.from_vocab_file(path)
+        Tokenizer.from_vocab_file(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 

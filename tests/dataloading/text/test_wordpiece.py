@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from eclip.dataloading.text import SPECIALS, WordPiece
+from eclip.dataloading.text import SPECIALS, Tokenizer
 from tests.helpers import run_command
 
 TEXTS = [
@@ -21,7 +21,7 @@ TEXTS = [
 
 
 def test_ragged_batch_has_specials_and_cumulative_lengths():
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     texts = ["red sofa", "", "   ", "wooden " * 80, "椅子"]
     tokens, cu = tokenizer.encode(texts, max_tokens=12)
     assert tokens.dtype == torch.int64 and cu.dtype == torch.int32 and cu.shape == (len(texts) + 1,)
@@ -34,26 +34,26 @@ def test_ragged_batch_has_specials_and_cumulative_lengths():
 
 
 def test_no_text_gives_an_empty_batch():
-    tokens, cu = WordPiece.train(TEXTS, vocab_size=200).encode([])
+    tokens, cu = Tokenizer.train(TEXTS, vocab_size=200).encode([])
     assert tokens.shape == (0,) and tokens.dtype == torch.int64 and cu.tolist() == [0]
 
 
 def test_lower_cases_and_strips_accents():
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     assert torch.equal(tokenizer.encode(["RED CAFÉ"])[0], tokenizer.encode(["red cafe"])[0])
 
 
 def test_unknown_letters_become_unk():
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     assert tokenizer.encode(["Ω"])[0].tolist() == [tokenizer.begin_id, tokenizer.unk_id, tokenizer.end_id]
 
 
 def test_training_is_the_same_in_another_process(tmp_path):
     # The library's own WordPiece trainer fails this: its hash map is seeded per process.
     script = (
-        "import sys, random; from eclip.dataloading.text import WordPiece; r = random.Random(0)\n"
+        "import sys, random; from eclip.dataloading.text import Tokenizer; r = random.Random(0)\n"
         "words = [''.join(r.choice('abcdefgh') for _ in range(r.randint(2, 7))) for _ in range(400)]\n"
-        "print(sorted(WordPiece.train(words, vocab_size=150)._tokenizer.get_vocab().items()))"
+        "print(sorted(Tokenizer.train(words, vocab_size=150)._tokenizer.get_vocab().items()))"
     )
     outputs = {
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -64,16 +64,16 @@ def test_training_is_the_same_in_another_process(tmp_path):
 
 def test_vocabulary_stays_within_its_size():
     chinese = ["".join(chr(0x4E00 + 7 * i + j) for j in range(7)) for i in range(400)]
-    tokenizer = WordPiece.train(chinese, vocab_size=300)
+    tokenizer = Tokenizer.train(chinese, vocab_size=300)
     assert tokenizer.vocab_size <= 300
     assert [tokenizer._tokenizer.id_to_token(i) for i in range(5)] == list(SPECIALS)
 
 
 def test_save_and_load_give_the_same_ids(tmp_path):
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     tokenizer.encode(TEXTS, max_tokens=5)
     tokenizer.save(tmp_path)
-    loaded = WordPiece.load(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
     assert loaded.vocab_size == tokenizer.vocab_size and loaded.end_id == tokenizer.end_id
     for mine, theirs in zip(tokenizer.encode(TEXTS), loaded.encode(TEXTS), strict=True):
         assert torch.equal(mine, theirs)
@@ -99,7 +99,7 @@ def test_bert_vocab_file_encodes_as_transformers_does(tmp_path):
     ]
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    tokenizer = WordPiece.from_vocab_file(path)
+    tokenizer = Tokenizer.from_vocab_file(path)
     oracle = transformers.BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=True)
     for text in ("Red sofa, 190cm", "CAFÉ 椅", "", "unknown"):
         assert tokenizer.encode([text])[0].tolist() == oracle(text)["input_ids"]
@@ -111,31 +111,31 @@ def test_bad_vocab_file_is_one_clear_line(tmp_path, lines, message):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        WordPiece.from_vocab_file(path)
+        Tokenizer.from_vocab_file(path)
     assert "\n" not in str(error.value)
 
 
 def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 64"):
-        WordPiece.train(TEXTS, vocab_size=10)
+        Tokenizer.train(TEXTS, vocab_size=10)
     with pytest.raises(ValueError, match="no word"):
-        WordPiece.train([" ", ""])
+        Tokenizer.train([" ", ""])
     with pytest.raises(ValueError, match="need 3"):
-        WordPiece.train(TEXTS, vocab_size=200).encode(["a"], max_tokens=2)
+        Tokenizer.train(TEXTS, vocab_size=200).encode(["a"], max_tokens=2)
     with pytest.raises(ValueError, match="no tokenizer"):
-        WordPiece.load(tmp_path)
+        Tokenizer.load(tmp_path)
 
 
 def test_cased_leaves_capitals_and_accents(tmp_path):
     path = vocab_file(tmp_path, "Sofa", "sofa", "Café", "cafe")
-    tokenizer = WordPiece.from_vocab_file(path, cased=True)
+    tokenizer = Tokenizer.from_vocab_file(path, cased=True)
     assert tokenizer.encode(["Sofa sofa Café cafe"])[0].tolist()[1:-1] == [5, 6, 7, 8]
 
 
 def test_cased_encodes_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     pieces = [*SPECIALS, "Red", "So", "##fa", "Café", "椅", "für"]
-    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces[5:]), cased=True)
+    tokenizer = Tokenizer.from_vocab_file(vocab_file(tmp_path, *pieces[5:]), cased=True)
     oracle = transformers.BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=False)
     for text in ("Red Sofa Café", "red 椅 für FÜR"):
         assert tokenizer.encode([text])[0].tolist() == oracle(text)["input_ids"]
@@ -144,7 +144,7 @@ def test_cased_encodes_as_transformers_does(tmp_path):
 @pytest.mark.parametrize("pieces", [["Red", "Sofa", "a"], ["Ø", "##A", "b"], ["КРАСНЫЙ"]])
 def test_cased_vocabulary_read_in_lower_case_is_refused(tmp_path, pieces):
     with pytest.raises(ValueError, match=f"a cased vocabulary.*'{pieces[0]}'.*--cased"):
-        WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces))
+        Tokenizer.from_vocab_file(vocab_file(tmp_path, *pieces))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_cased_vocabulary_read_in_lower_case_is_refused(tmp_path, pieces):
 )
 def test_accents_stay_where_the_vocabulary_has_them(tmp_path, pieces, text):
     """Stripping them would take Korean syllables and Japanese voiced letters apart: all would be unknown."""
-    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces))
+    tokenizer = Tokenizer.from_vocab_file(vocab_file(tmp_path, *pieces))
     assert tokenizer.unk_id not in tokenizer.encode([text])[0]
 
 
 def test_a_few_odd_pieces_change_nothing(tmp_path):
     pieces = [*(f"w{i}" for i in range(200)), "<S>", "é", "[Unused1]"]
-    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *pieces, "cafe"))
+    tokenizer = Tokenizer.from_vocab_file(vocab_file(tmp_path, *pieces, "cafe"))
     assert tokenizer.encode(["CAFÉ"])[0].tolist()[1:-1] == [5 + len(pieces)]
 
 
@@ -168,28 +168,28 @@ ENGLISH = ("red", "fabric", "sofa", "90", "cm", ",", *"abcdefghijklmnopqrstuvwxy
 
 @pytest.mark.parametrize("text", ["红色沙发 三人位", "Красный диван", "أريكة حمراء", "빨간 소파", "Ω Ψ red"])
 def test_vocabulary_of_another_language_is_refused(tmp_path, text):
-    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH))
+    tokenizer = Tokenizer.from_vocab_file(vocab_file(tmp_path, *ENGLISH))
     with pytest.raises(ValueError, match=r"vocab.txt: \d+% of the pieces .* at most 10% .*e\.g\. '.*do this$") as error:
         tokenizer.require_known([text, "red sofa"], "vocab.txt", "do this")
     assert "\n" not in str(error.value)
 
 
 def test_lower_case_vocabulary_read_as_cased_is_refused(tmp_path):
-    tokenizer = WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH), cased=True)
+    tokenizer = Tokenizer.from_vocab_file(vocab_file(tmp_path, *ENGLISH), cased=True)
     with pytest.raises(ValueError, match="'Red'"):
         tokenizer.require_known(["Red fabric sofa, 90 cm"] * 5000, "v", "a")
-    WordPiece.from_vocab_file(vocab_file(tmp_path, *ENGLISH)).require_known(["Red fabric sofa, 90 cm"], "v", "a")
+    Tokenizer.from_vocab_file(vocab_file(tmp_path, *ENGLISH)).require_known(["Red fabric sofa, 90 cm"], "v", "a")
 
 
 def test_few_unknown_pieces_are_allowed():
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     tokenizer.require_known([*TEXTS * 10, "🛋 Ω"], "v", "a")
     tokenizer.require_known([], "v", "a")
     tokenizer.require_known(["", " "], "v", "a")
 
 
 def test_counting_unknown_pieces_leaves_encoding_as_it_was():
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     before = tokenizer.encode(TEXTS, max_tokens=6)
     tokenizer.require_known(TEXTS, "v", "a")
     assert all(torch.equal(a, b) for a, b in zip(before, tokenizer.encode(TEXTS, max_tokens=6), strict=True))
@@ -207,11 +207,11 @@ def test_counting_unknown_pieces_leaves_encoding_as_it_was():
     ],
 )
 def test_damaged_tokenizer_is_one_line(tmp_path, damage):
-    WordPiece.train(TEXTS, vocab_size=200).save(tmp_path)
+    Tokenizer.train(TEXTS, vocab_size=200).save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"tokenizer\.json: .*restore it") as error:
-        WordPiece.load(tmp_path)
+        Tokenizer.load(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -223,24 +223,24 @@ def vocab_file(folder, *pieces):
 
 def test_saved_and_loaded_in_a_folder_that_the_locale_cannot_spell(tmp_path):
     folder = tmp_path / "läufe 运行"
-    WordPiece.train(TEXTS, vocab_size=200).save(folder)
-    code = "import sys; from eclip.dataloading.text import WordPiece as W; W.load(sys.argv[1]).save(sys.argv[1])"
+    Tokenizer.train(TEXTS, vocab_size=200).save(folder)
+    code = "import sys; from eclip.dataloading.text import Tokenizer as T; T.load(sys.argv[1]).save(sys.argv[1])"
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run_command([sys.executable, "-c", code, str(folder)], env=plain)
-    assert WordPiece.load(folder).vocab_size <= 200
+    assert Tokenizer.load(folder).vocab_size <= 200
 
 
 def test_a_tokenizer_that_leaves_nothing_of_a_text_is_refused(tmp_path):
-    WordPiece.train(TEXTS, vocab_size=200).save(tmp_path)
+    Tokenizer.train(TEXTS, vocab_size=200).save(tmp_path)
     path = tmp_path / "tokenizer.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**saved, "post_processor": None}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json: it adds no token to the end of a text.*restore it"):
-        WordPiece.load(tmp_path)
+        Tokenizer.load(tmp_path)
 
 
 def test_threads_share_a_tokenizer(tmp_path):
-    tokenizer = WordPiece.train(TEXTS, vocab_size=200)
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=200)
     texts = [" ".join(TEXTS)] * 20
     alone = {n: tokenizer.encode(texts, n) for n in (3, 9, 40)}
     with ThreadPoolExecutor(4) as pool:

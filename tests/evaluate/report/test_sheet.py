@@ -35,11 +35,10 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
     draw_sheet([overlay("old")], path, fonts=FONTS)
     old = path.read_bytes()
 
-    def full(self: Image.Image, target: Path, *rest: object) -> None:
-        Path(target).write_bytes(b"half")
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CannotWrite, match=r"sheet.png: cannot be written \(No space left on device"):
         draw_sheet([overlay("new")], path, fonts=FONTS)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["sheet.png"]

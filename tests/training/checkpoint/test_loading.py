@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eclip.config import OptimConfig
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.objectives.settings import ObjectiveConfig
 from eclip.parallel.ranks import Ranks
@@ -25,7 +25,7 @@ def _open_folder(run_dir: Path, objective: ObjectiveConfig) -> Path:
     config = dataclasses.replace(PRESETS["debug"], run_dir=run_dir, objective=objective)
     run_dir.mkdir()
     (run_dir / "config.json").write_text(config.to_json())
-    WordPiece.train(["red sofa", "blue lamp"], 64).save(run_dir / "tokenizer")
+    Tokenizer.train(["red sofa", "blue lamp"], 64).save(run_dir / "tokenizer")
     return run_dir
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eclip.config import OptimConfig
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.files import CannotWrite
 from eclip.model.eclip import ECLIP
 from eclip.parallel.ranks import Ranks
@@ -291,7 +291,7 @@ def test_load_run(trained: Run, tmp_path: Path) -> None:
     # Opening a run must not need the files it was started from.
     config = dataclasses.replace(PRESETS["debug"], run_dir=tmp_path, image_weights=Path("gone.safetensors"))
     (tmp_path / "config.json").write_text(config.to_json())
-    WordPiece.train(["red sofa", "blue lamp"], 64).save(tmp_path / "tokenizer")
+    Tokenizer.train(["red sofa", "blue lamp"], 64).save(tmp_path / "tokenizer")
     save_checkpoint(tmp_path, 1, *trained, {}, ALONE)
     model, loaded, tokenizer = load_run(tmp_path)
     assert loaded == config

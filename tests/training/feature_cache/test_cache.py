@@ -12,7 +12,7 @@ import torch
 from eclip.config import RunConfig
 from eclip.dataloading.pipeline import decode_square
 from eclip.dataloading.shards import ShardIndex
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.model.eclip import ECLIP
 from eclip.model.image_encoder import ImageEncoder
 from eclip.presets import PRESETS
@@ -26,27 +26,27 @@ TINY = tiny(max_positions=64)
 CONFIG = dataclasses.replace(PRESETS["debug"], model=TINY, lock_image=True, lock_text=True, cache_features=True)
 
 
-def make_parts(folder: Path, *, new: bool = True) -> tuple[ECLIP, ShardIndex, WordPiece]:
+def make_parts(folder: Path, *, new: bool = True) -> tuple[ECLIP, ShardIndex, Tokenizer]:
     torch.manual_seed(0)
     data_dir = make_split(folder / "data", products=3, images=3, tars=1) if new else folder / "data"
     index = ShardIndex.open(data_dir, "train")
-    tokenizer = WordPiece.train([index.title(row) for row in range(index.num_images)], 64)
+    tokenizer = Tokenizer.train([index.title(row) for row in range(index.num_images)], 64)
     return ECLIP(dataclasses.replace(TINY, vocab_size=64)).eval(), index, tokenizer
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> tuple[ECLIP, ShardIndex, WordPiece]:
+def parts(tmp_path: Path) -> tuple[ECLIP, ShardIndex, Tokenizer]:
     return make_parts(tmp_path)
 
 
 def _open(
-    folder: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], *, views: int = 1, config: RunConfig = CONFIG
+    folder: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer], *, views: int = 1, config: RunConfig = CONFIG
 ) -> FeatureCache:
     return FeatureCache.build_or_open(folder, *parts, config, views=views, progress=False)
 
 
 def test_view_0_is_the_towers_output_of_the_whole_image(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]
 ) -> None:
     model, index, tokenizer = parts
     rows = torch.tensor([[0, 4], [8, 1]])
@@ -62,7 +62,7 @@ def test_view_0_is_the_towers_output_of_the_whole_image(
 
 
 def test_views_differ_and_the_choice_is_a_function_of_seed_step_and_row(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]
 ) -> None:
     cache = _open(tmp_path, parts, views=3)
     assert cache.images.shape[:2] == (9, 3)
@@ -74,7 +74,7 @@ def test_views_differ_and_the_choice_is_a_function_of_seed_step_and_row(
     assert len({look.sum().item() for look in looks}) == 3, "every view comes up"
 
 
-def test_a_second_run_reads_what_the_first_wrote(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_a_second_run_reads_what_the_first_wrote(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]) -> None:
     one = _open(tmp_path, parts)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     assert len(stamps) == 2
@@ -84,7 +84,7 @@ def test_a_second_run_reads_what_the_first_wrote(tmp_path: Path, parts: tuple[EC
 
 
 def test_another_tower_or_another_catalogue_gets_its_own_files(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]
 ) -> None:
     model, _, tokenizer = parts
     folder = tmp_path / "features"
@@ -100,7 +100,7 @@ def test_another_tower_or_another_catalogue_gets_its_own_files(
 
 
 def test_an_interrupted_build_is_continued_and_equal_to_an_unbroken_one(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = ImageEncoder.forward, []
 
@@ -120,7 +120,7 @@ def test_an_interrupted_build_is_continued_and_equal_to_an_unbroken_one(
     assert np.array_equal(found.images, unbroken.images) and np.isfinite(found.images).all()
 
 
-def test_processes_fill_one_cache_together(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_processes_fill_one_cache_together(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]) -> None:
     """Two processes as ranks are, without any collective: same files, same features in both."""
     code = f"""
 import sys, torch
@@ -145,7 +145,7 @@ print(found.lookup(torch.arange(8).reshape(4, 2), step=3, seed=0).images.sum().i
 
 
 def test_both_images_of_a_pair_are_never_the_same_view(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]
 ) -> None:
     """Of one image, and of an undecodable one that the other stands in for."""
 
@@ -166,7 +166,7 @@ def test_both_images_of_a_pair_are_never_the_same_view(
 
 
 def test_the_choice_of_views_knows_the_column_and_nothing_of_the_batch(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]
 ) -> None:
     cache = _open(tmp_path, parts, views=3)
     rows = torch.tensor([[0, 4], [8, 8], [2, 1], [7, 5]])
@@ -184,7 +184,7 @@ def test_the_choice_of_views_knows_the_column_and_nothing_of_the_batch(
     (1e5, "k000/000.jpg: the image tower's features reach [0-9]+, more than the 65504 .* --no-cache-features"),
 ])  # fmt: skip
 def test_features_that_float16_cannot_hold_are_refused(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], value: float, message: str
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer], value: float, message: str
 ) -> None:
     model = parts[0]
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_features_that_float16_cannot_hold_are_refused(
 
 
 def test_one_bad_image_is_named_alone(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = ImageEncoder.forward
 
@@ -210,7 +210,7 @@ def test_one_bad_image_is_named_alone(
         _open(tmp_path / "features", parts)
 
 
-def test_titles_that_are_not_finite_are_named(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_titles_that_are_not_finite_are_named(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]) -> None:
     with torch.no_grad():
         for parameter in parts[0].text_encoder.parameters():
             parameter.fill_(float("nan"))
@@ -219,7 +219,7 @@ def test_titles_that_are_not_finite_are_named(tmp_path: Path, parts: tuple[ECLIP
 
 
 def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
-    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer], caplog: pytest.LogCaptureFixture
 ) -> None:
     def image(p: int, i: int) -> bytes:
         return b"no image" if (p, i) == (1, 1) else jpeg(100 * p + i)
@@ -235,12 +235,12 @@ def test_an_undecodable_image_is_named_and_a_sibling_stands_in(
     assert "not a readable" in again.undecodable[4]
 
 
-def test_only_what_is_locked_is_cached(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_only_what_is_locked_is_cached(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]) -> None:
     cache = _open(tmp_path, parts, config=dataclasses.replace(CONFIG, lock_text=False))
     assert cache.lookup(torch.zeros(1, 2, dtype=torch.long), step=0, seed=0).texts is None
 
 
-def test_a_cache_is_of_what_its_tower_computes(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, WordPiece]) -> None:
+def test_a_cache_is_of_what_its_tower_computes(tmp_path: Path, parts: tuple[ECLIP, ShardIndex, Tokenizer]) -> None:
     """The same weights under another activation or other pixel statistics give other features."""
     _open(tmp_path, parts)
     usual = set(tmp_path.glob("*.npy"))

@@ -14,7 +14,7 @@ import pytest
 from eclip.config import RunConfig
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.system.memory import available_memory
-from eclip.dataloading.text import WordPiece
+from eclip.dataloading.text import Tokenizer
 from eclip.presets import PRESETS
 from eclip.training.starting import estimate
 from eclip.training.starting.estimate import TooLarge, check_resources
@@ -37,7 +37,7 @@ def check(config: RunConfig, data_dir: Path, monkeypatch: pytest.MonkeyPatch, **
     if "disk" in room:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, room["disk"]))
     index = ShardIndex.open(data_dir, "train")
-    return check_resources(config, index, WordPiece.train(index.texts(), 500), ALONE)
+    return check_resources(config, index, Tokenizer.train(index.texts(), 500), ALONE)
 
 
 def test_memory_is_judged_against_what_is_there(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
