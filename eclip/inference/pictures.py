@@ -6,7 +6,7 @@ The pixels are those of evaluation (`decode_square`): the upright image, or a bo
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from eclip.dataloading.images import (
 )
 from eclip.dataloading.schema import Box
 
-Picture = str | Path | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
-"""What is taken for an image: the path of a file (str or Path), its bytes, a PIL image, or an array (H, W, 3) of uint8
-RGB; (H, W) is grey, (H, W, 4) has an alpha channel, which is put on white."""
+Picture = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
+"""What is taken for an image: a file's path (str or Path), its bytes, an open binary file, a PIL image, or an array
+(H, W, 3) of uint8 RGB; (H, W) is grey, (H, W, 4) has an alpha channel, which is put on white."""
 _KINDS = "give a path, the bytes of an image file, a PIL image or a uint8 array (H, W, 3)"
 
 
@@ -45,10 +45,12 @@ class Pixels:
 
 
 def is_picture(value: Any) -> bool:
-    """Whether `value` is one image rather than a collection of them (an array of four dimensions is a collection)."""
-    if isinstance(value, np.ndarray | Tensor):
+    """Whether `value` is one image; an array of four dimensions is a collection, and a column of paths."""
+    if isinstance(value, np.ndarray):
+        return value.ndim < 4 and value.dtype.kind not in "OSUT"
+    if isinstance(value, Tensor):
         return value.ndim < 4
-    return isinstance(value, str | Path | bytes | bytearray | memoryview | Image.Image)
+    return hasattr(value, "read") or isinstance(value, str | Path | bytes | bytearray | memoryview | Image.Image)
 
 
 def describe(picture: Any) -> str:
@@ -85,6 +87,8 @@ def _open(picture: Any) -> OpenedImage:
         return open_image(read_image_file(Path(picture)), file_formats())
     if isinstance(picture, bytes | bytearray | memoryview):
         return open_image(bytes(picture), file_formats())
+    if hasattr(picture, "read"):
+        return open_image(_read_file(picture), file_formats())
     if isinstance(picture, Tensor):
         raise TypeError(f"a tensor of shape {tuple(picture.shape)}: {_KINDS}, .permute(1, 2, 0).numpy() of a (3, H, W)")
     image = picture if isinstance(picture, Image.Image) else _of_array(picture)
@@ -92,6 +96,13 @@ def _open(picture: Any) -> OpenedImage:
     with rejecting("cannot be decoded"):
         # A copy: the caller's image is neither turned nor made smaller. It is decoded in full, so nothing is drafted.
         return OpenedImage(upright_rgb(image.copy()), 1)
+
+
+def _read_file(file: Any) -> bytes:
+    content = file.read()
+    if not isinstance(content, bytes):
+        raise TypeError(f"a file opened as text: {_KINDS}, or open it with 'rb'")
+    return content
 
 
 def _of_array(array: Any) -> Image.Image:

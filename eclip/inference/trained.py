@@ -3,7 +3,7 @@
 Letters: n images, m texts, D embedding width, g patches along a side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,8 @@ class TrainedModel:
     """A model to use. Embeddings are float32 rows of unit length: a dot product of two is their cosine.
 
     Wherever many are taken, one alone is taken as well, for a result of one row. An image is a path, the bytes of a
-    file, a PIL image or a uint8 array (H, W, 3), of any size and format that Pillow reads (`Picture`); one that cannot
-    be read raises ValueError, which names it. Threads may share a model.
+    file, an open file, a PIL image or a uint8 array (H, W, 3), of any size and format that Pillow reads (`Picture`);
+    one that cannot be read raises ValueError, which names it. Threads may share a model.
     """
 
     def __init__(self, encoder: Encoder, *, source: str, threshold: float = DEFAULT_THRESHOLD) -> None:
@@ -66,7 +66,7 @@ class TrainedModel:
         them, or with `instance=True`, where each image prompts itself, the result is instance embeddings, else global
         ones. boxes: x0, y0, x1, y1 in pixels, the part of each image that is looked at (None: all of it).
         """
-        pictures = _as_list(images)
+        pictures = _as_list(images, "images", "an image")
         wanted = prompts is not None if instance is None else instance
         if prompts is not None and not wanted:
             raise ValueError("instance=False with prompts: a prompt asks for an instance; leave one of the two out")
@@ -98,7 +98,7 @@ class TrainedModel:
         """
         if kind not in ("instance", "instance+text", "global+text"):
             raise ValueError(f"kind={kind!r}: use 'instance', 'instance+text' or 'global+text'")
-        names = [titles] if isinstance(titles, str) else titles
+        names = _as_list(titles, "titles", "a title")
         visual = self.embed_images(images, None if kind == "global+text" else names, batch_size=batch_size)
         if len(names) != len(visual):
             raise ValueError(f"{len(visual)} images and {len(names)} titles: give one title for each image")
@@ -147,7 +147,7 @@ class TrainedModel:
         self.encoder.require_decoder()
         features = self.text_features(texts)
         rows = []
-        for _, encoded in self._encode(_as_list(images), None, batch_size):
+        for _, encoded in self._encode(_as_list(images, "images", "an image"), None, batch_size):
             columns = []
             for feature in features:
                 prompts = feature.expand(len(encoded), -1)
@@ -155,21 +155,31 @@ class TrainedModel:
             rows.append(torch.stack(columns, dim=1))
         return _numpy(torch.cat(rows))
 
-    def encode(self, images: Sequence[Picture], boxes: Sequence[Box | None] | None = None) -> EncodedImages:
-        """One pass of the image tower over a batch, for `encoder` to ask several prompts of."""
+    def encode(
+        self,
+        images: Sequence[Picture],
+        boxes: Sequence[Box | None] | None = None,
+        *,
+        name: str = "images",
+        first: int = 0,
+    ) -> EncodedImages:
+        """One pass of the image tower over a batch, for `encoder` to ask several prompts of.
+
+        name, first: an image that cannot be read is called name[first + its place].
+        """
         pictures = list(images)
         places: Sequence[Box | None] = [None] * len(pictures) if boxes is None else boxes
         if len(places) != len(pictures):
             raise ValueError(f"{len(pictures)} images and {len(places)} boxes: give one box (or None) for each image")
         read = [
-            _named(f"images[{i}]", picture, partial(read_picture, picture, self.encoder.image_size, box))
+            _named(f"{name}[{first + i}]", picture, partial(read_picture, picture, self.encoder.image_size, box))
             for i, (picture, box) in enumerate(zip(pictures, places, strict=True))
         ]
         return self.encoder.images(torch.stack([pixels.square for pixels in read]), [pixels.size for pixels in read])
 
     def text_features(self, texts: str | Sequence[str]) -> Tensor:
         """(m, D) features of texts, not normalised, on the model's device. Raises ValueError for an empty text."""
-        listed = [texts] if isinstance(texts, str) else list(texts)
+        listed = _as_list(texts, "texts", "a text")
         if not listed:
             raise ValueError("no texts: give at least one")
         for i, text in enumerate(listed):
@@ -177,18 +187,20 @@ class TrainedModel:
                 raise TypeError(f"texts[{i}] is a {type(text).__name__}: give str")
             if not text.strip():
                 raise ValueError(f"texts[{i}] is empty: give a title or the words of a query")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"texts[{i}] {text!r} holds half a letter (a surrogate): decode its bytes as UTF-8")
         return torch.cat([self.encoder.texts(listed[i : i + 256]) for i in range(0, len(listed), 256)])
 
     def prompt_features(
         self, prompts: Any, count: int, batch_size: int, *, boxes: Sequence[Box | None] | None = None
     ) -> tuple[Tensor, int]:
         """(count, D) features of prompts and their modality. Raises ValueError when there are not `count` of them."""
-        listed = [prompts] if is_picture(prompts) else list(prompts)
+        listed = _as_list(prompts, "prompts", "a text or an image")
         if len(listed) != count:
             raise ValueError(f"{count} images and {len(listed)} prompts: give one prompt for each image")
         texts = [prompt for prompt in listed if isinstance(prompt, str)]
         if not texts:
-            parts = [encoded.features.cls for _, encoded in self._encode(listed, boxes, batch_size)]
+            parts = [encoded.features.cls for _, encoded in self._encode(listed, boxes, batch_size, "prompts")]
             return torch.cat(parts), IMAGE
         if len(texts) != len(listed):
             raise ValueError("prompts of texts and images together: ask in two calls")
@@ -198,9 +210,9 @@ class TrainedModel:
         return self.text_features(texts), TEXT
 
     def _encode(
-        self, pictures: Sequence[Picture], boxes: Sequence[Box | None] | None, batch_size: int
+        self, pictures: Sequence[Picture], boxes: Sequence[Box | None] | None, batch_size: int, name: str = "images"
     ) -> Iterator[tuple[int, EncodedImages]]:
-        """Batch after batch, with the place of its first image."""
+        """Batch after batch, with the place of its first image. name: of the pictures, for messages."""
         if not pictures:
             raise ValueError("no images: give at least one")
         if batch_size < 1:
@@ -209,11 +221,17 @@ class TrainedModel:
             raise ValueError(f"{len(pictures)} images and {len(boxes)} boxes: give one box (or None) for each image")
         for start in range(0, len(pictures), batch_size):
             stop = start + batch_size
-            yield start, self.encode(pictures[start:stop], None if boxes is None else boxes[start:stop])
+            places = None if boxes is None else boxes[start:stop]
+            yield start, self.encode(pictures[start:stop], places, name=name, first=start)
 
 
-def _as_list(images: Any) -> list[Picture]:
-    return [images] if is_picture(images) else list(images)
+def _as_list(values: Any, name: str, one: str) -> list[Any]:
+    """One value alone, or any iterable of them, as a list. Raises TypeError that says what `name` is instead."""
+    if is_picture(values):  # a str too
+        return [values]
+    if isinstance(values, Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is a {type(values).__name__}: give {one}, or a list of them")
+    return list(values)
 
 
 def _named(name: str, picture: Any, read: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """What a user asks of a trained model: shapes, units, prompts of both kinds, and one line for what is wrong."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_one_alone_is_a_row(model: TrainedModel) -> None:
     assert_unit(model.embed_images(picture), 1, model)
     assert_unit(model.embed_images(picture, "a lamp"), 1, model)
     assert_unit(model.embed_images(np.stack([picture, picture])), 2, model)  # an array of images
+
+
+def test_many_are_any_iterable(model: TrainedModel, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, picture in zip(paths, photos(3), strict=True):
+        Image.fromarray(picture).save(path)
+    expected = model.embed_products(paths, ["sofa", "lamp", "bed"])
+    column = np.array([str(path) for path in paths])
+    ways: list[Any] = [tuple(paths), iter(paths), column, column.astype(object), [path.open("rb") for path in paths]]
+    for way in ways:
+        np.testing.assert_allclose(model.embed_products(way, iter(["sofa", "lamp", "bed"])), expected, atol=1e-6)
 
 
 def test_a_box_is_the_image_that_is_looked_at(model: TrainedModel) -> None:
@@ -107,6 +119,15 @@ def test_what_is_wrong_is_told_in_one_line(model: TrainedModel, tmp_path: Path) 
         (lambda: model.embed_images([good, b"junk"]), ValueError, r"images\[1\] \(4 bytes\): not a readable"),
         (lambda: model.embed_images([good, "nowhere.jpg"]), ValueError, r"images\[1\] \(nowhere.jpg\): file not found"),
         (lambda: model.embed_images([good, None]), TypeError, r"images\[1\]"),
+        (lambda: model.embed_images([good, good, b"junk"], batch_size=2), ValueError, r"images\[2\] \(4 bytes\)"),
+        (lambda: model.embed_images(None), TypeError, "images is a NoneType: give an image, or a list"),  # type: ignore[arg-type]
+        (lambda: model.embed_images({"a": good}), TypeError, "images is a dict"),  # type: ignore[arg-type]
+        (lambda: model.embed_images([good], [None]), TypeError, r"prompts\[0\]"),  # type: ignore[list-item]
+        (lambda: model.locate(good, None), TypeError, "prompts is a NoneType"),  # type: ignore[arg-type]
+        (lambda: model.embed_products([good], None), TypeError, "titles is a NoneType"),  # type: ignore[arg-type]
+        (lambda: model.embed_images(io.StringIO("x")), TypeError, "opened as text"),  # type: ignore[arg-type]
+        (lambda: model.embed_texts(3), TypeError, "texts is a int"),  # type: ignore[arg-type]
+        (lambda: model.embed_texts("sofa \ud800"), ValueError, r"texts\[0\].*half a letter"),
         (lambda: model.embed_images([good], boxes=[(90, 0, 99, 9)]), ValueError, r"images\[0\].*box"),
         (lambda: model.embed_images([good], boxes=[]), ValueError, "1 images and 0 boxes"),
         (lambda: model.embed_images([good], batch_size=0), ValueError, "batch_size=0"),
