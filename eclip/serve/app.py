@@ -61,7 +61,7 @@ def create_app(service: Service, *, hosts: Collection[str] | None) -> Any:
             raise Refusal(422, "prompts: this model was trained without the instance decoder; leave them out")
         return JSONResponse(vectors_json(await service.embed_photos(photos, prompts)))
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])  # monitors ask by HEAD
     async def healthz() -> JSONResponse:
         return JSONResponse(service.health())
 
@@ -86,7 +86,7 @@ def create_app(service: Service, *, hosts: Collection[str] | None) -> Any:
     async def style() -> Response:
         return Response(STYLE, media_type="text/css")
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def start() -> Response:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 

@@ -7,8 +7,8 @@ from eclip.serve.forms import Fields
 from eclip.serve.limits import Limits, Refusal
 
 FIELDS = (
-    *("words", "photo", "box", "category", "attribute", "price_min", "price_max", "limit", "hybrid", "rerank"),
-    *("fold", "locate"),
+    *("words", "photo", "box", "category", "source", "attribute", "price_min", "price_max", "limit", "hybrid"),
+    *("rerank", "fold", "locate"),
 )  # fmt: skip
 
 
@@ -21,6 +21,7 @@ def read_query(fields: Fields, limits: Limits) -> Query:
     try:
         filters = Filters(
             category=fields.text("category"),
+            source=fields.text("source"),
             attributes=_attributes(fields.texts("attribute", limits.fields)),
             price_min=fields.number("price_min"),
             price_max=fields.number("price_max"),

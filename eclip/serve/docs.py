@@ -57,6 +57,7 @@ def _inputs(limits: Limits) -> dict[str, tuple[str, dict[str, Any], dict[str, An
         "photo": _FILE,
         "box": _value("string", "x0,y0,x1,y1 in pixels of the photo: the part that is meant"),
         "category": _TEXT,
+        "source": _value("string", "only pictures of this kind: detail, customer, ..."),
         "attribute": _list(_value("string", "name=value"), "given once for each attribute"),
         "price_min": _NUMBER,
         "price_max": _NUMBER,
@@ -100,6 +101,7 @@ def _inputs(limits: Limits) -> dict[str, tuple[str, dict[str, Any], dict[str, An
     }
 
 
+_NAMED = _object({"name": _TEXT, "count": _COUNT})
 _FACET = _list(_object({"value": _TEXT, "count": _COUNT}))
 _GETS: dict[str, tuple[str, dict[str, Any]]] = {
     "/healthz": (
@@ -111,7 +113,8 @@ _GETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "rows": _value("integer", "images"),
             "products": _value("integer"),
-            "categories": _list(_object({"name": _TEXT, "count": _COUNT})),
+            "categories": _list(_NAMED),
+            "sources": _list(_NAMED),
             "attributes": _value("object", "name to values", additionalProperties=_FACET),
             "price": _object({"min": _NUMBER, "max": _NUMBER}),
         },

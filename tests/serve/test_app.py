@@ -107,6 +107,9 @@ def test_filters(client: Any) -> None:
     name = offered["categories"][0]["name"]
     found = good(client.post("/search", json={"words": "x", "category": name, "limit": 100}))
     assert {hit["category"] for hit in found["hits"]} == {name}
+    source = offered["sources"][0]["name"]
+    found = good(client.post("/search", json={"words": "x", "source": source, "limit": 100, "fold": False}))
+    assert {hit["source"] for hit in found["hits"]} == {source}
     unknown = client.post("/search", json={"words": "x", "category": "nowhere"})
     refused(unknown, 422, "'nowhere'")
 
@@ -211,6 +214,7 @@ def test_a_text_that_names_a_file_is_a_text(client: Any) -> None:
 
 def test_other_pages(client: Any) -> None:
     assert good(client.get("/healthz"))["status"] == "ok"
+    assert client.head("/healthz").status_code == client.head("/").status_code == 200
     refused(client.get("/nowhere"), 404, "no such page")
     refused(client.get("/search"), 405, "method")
     refused(client.get("/thumbnails/../../etc/passwd"), 404, "")

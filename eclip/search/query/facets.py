@@ -10,14 +10,15 @@ _VALUES = 50
 
 
 def read_facets(table: ImageTable) -> dict[str, Any]:
-    """{"rows", "products", "categories": [{"name", "count"}], "attributes": {name: [{"value", "count"}]}, "price":
-    {"min", "max"} or None}; a count is of products, the most frequent first, of an attribute at most 50 values.
+    """{"rows", "products", "categories": [{"name", "count"}], "sources": alike, "attributes": {name: [{"value",
+    "count"}]}, "price": {"min", "max"} or None}; a count is of products, the most frequent first, of an attribute at
+    most 50 values.
 
-    Reads four columns of the whole table.
+    Reads five columns of the whole table.
     """
     import pyarrow.compute as pc
 
-    found = table.scan(["product", "category", "facets", "price"])
+    found = table.scan(["product", "category", "source", "facets", "price"])
     price = pc.min_max(found["price"]).as_py()
     attributes: dict[str, list[dict[str, Any]]] = {}
     flat = found["facets"].combine_chunks()
@@ -28,10 +29,15 @@ def read_facets(table: ImageTable) -> dict[str, Any]:
     return {
         "rows": len(found),
         "products": len(pc.unique(found["product"])),
-        "categories": [{"name": name, "count": count} for name, count in _count(found["category"], found["product"])],
+        "categories": _named(found["category"], found["product"]),
+        "sources": _named(found["source"], found["product"]),
         "attributes": dict(sorted(attributes.items())),
         "price": price if price["min"] is not None and math.isfinite(price["min"]) else None,
     }
+
+
+def _named(names: Any, products: Any) -> list[dict[str, Any]]:
+    return [{"name": name, "count": count} for name, count in _count(names, products)]
 
 
 def _count(names: Any, products: Any) -> list[tuple[str, int]]:

@@ -19,6 +19,11 @@ def has_category(name: str) -> str:
     return f"category = {quoted(name)}"
 
 
+def has_source(name: str) -> str:
+    """Rows of images of a kind: detail, customer, ..."""
+    return f"source = {quoted(name)}"
+
+
 def has_attribute(name: str, value: str) -> str:
     """Rows of which an attribute has this value."""
     return f"array_has(facets, {quoted(f'{name}={value}')})"
@@ -27,7 +32,7 @@ def has_attribute(name: str, value: str) -> str:
 def predicate(filters: Filters) -> str | None:
     """SQL that a row must fulfil; None where nothing is filtered."""
     parts = [] if filters.category is None else [has_category(filters.category)]
-    parts += [] if filters.source is None else [f"source = {quoted(filters.source)}"]
+    parts += [] if filters.source is None else [has_source(filters.source)]
     parts += [has_attribute(name, value) for name, value in filters.attributes.items()]
     if filters.price_min is not None:
         parts.append(f"price >= {float(filters.price_min)!r}")
@@ -37,7 +42,7 @@ def predicate(filters: Filters) -> str | None:
 
 
 def check_names(filters: Filters, count: Callable[[str], int], facets: Callable[[], dict[str, Any]]) -> None:
-    """Raise ValueError for a category, an attribute or a price that no row has, naming what is near.
+    """Raise ValueError for a category, a source, an attribute or a price that no row has, naming what is near.
 
     count: rows that fulfil some SQL. facets: those of the table (`ImageTable.facets`), asked for only to find names.
     What exists and only never stands together is no error: it has no hits.
@@ -45,6 +50,9 @@ def check_names(filters: Filters, count: Callable[[str], int], facets: Callable[
     if filters.category is not None and not count(has_category(filters.category)):
         names = [entry["name"] for entry in facets()["categories"]]
         raise ValueError(f"no category {filters.category!r} in the catalogue{_near(filters.category, names)}")
+    if filters.source is not None and not count(has_source(filters.source)):
+        names = [entry["name"] for entry in facets()["sources"]]
+        raise ValueError(f"no source {filters.source!r} in the catalogue{_near(filters.source, names)}")
     for name, value in filters.attributes.items():
         if count(has_attribute(name, value)):
             continue

@@ -163,6 +163,7 @@ def test_filters_hold_and_are_quoted(searcher: Searcher) -> None:
     [
         ({"category": "Thing"}, "no category 'Thing' in the catalogue; near it: 'things'"),
         ({"category": "' OR 1=1 --"}, "no category"),
+        ({"source": "details"}, "no source 'details' in the catalogue; near it: 'detail'"),
         ({"attributes": {"color": "red"}}, "no attribute 'color' in the catalogue; near it: 'colour'"),
         ({"attributes": {"colour": "Red"}}, "attribute 'colour' is never 'Red' in the catalogue; near it: 'red'"),
     ],
@@ -176,6 +177,7 @@ def test_names_that_are_not_there(searcher: Searcher, filters: dict[str, Any], s
 def test_facets_count_products(searcher: Searcher) -> None:
     facets = searcher.facets()
     assert facets["categories"] == [{"name": "things", "count": 10}, {"name": QUOTED, "count": 2}]
+    assert {entry["name"] for entry in facets["sources"]} == {"customer", "detail"}
     assert facets["attributes"]["colour"] == [{"value": c, "count": 4} for c in ("blue", "green", "red")]
     assert facets["price"] == {"min": 10.0, "max": 110.0} and (facets["rows"], facets["products"]) == (48, 12)
 
