@@ -120,6 +120,12 @@ class Encoder:
         tokens = F.normalize(images.features.tokens.float(), dim=-1)
         return torch.einsum("bnd,bd->bn", tokens, F.normalize(prompts.to(self.device).float(), dim=-1))
 
+    def maps(self, images: EncodedImages, prompts: Tensor, modality: int) -> Tensor:
+        """(n, N) where each image shows its prompt: the decoder's share of each patch, or cosines without a decoder."""
+        if self.has_decoder:
+            return self.instances(images, prompts, modality).maps
+        return self.cosine_maps(images, prompts)
+
     @torch.inference_mode()
     def match(self, instances: Tensor, texts: Tensor) -> Tensor:
         """(n,) probability, by the matching head, that text i belongs to instance i; both (n, D), any length.

@@ -129,10 +129,7 @@ class TrainedModel:
             raise ValueError(f"limit={limit}: ask for at least one region")
         features, modality = self.prompt_features(prompt, 1, BATCH, boxes=None if box is None else [box])
         encoded = self.encode([image])
-        if self.encoder.has_decoder:
-            scores = self.encoder.instances(encoded, features, modality).maps
-        else:
-            scores = self.encoder.cosine_maps(encoded, features)
+        scores = self.encoder.maps(encoded, features, modality)
         side = self.encoder.image_size
         return find_regions(_numpy(scores[0]), encoded.sizes[0], side=side, threshold=cut, limit=limit)
 
