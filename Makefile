@@ -30,15 +30,16 @@ train: .venv/installed towers/ready
 endif
 
 # A page to search the embedded catalogue with, after `make train`: http://127.0.0.1:8000.
-# `make serve FLAGS="--port 8080"` passes flags on; RUN and DATA name another run and its shards, SPLITS= takes all of
+# `make serve FLAGS="--port 8080"` passes flags on, EMBED=--overwrite makes the index anew after another training; RUN and DATA name another run and its shards, SPLITS= takes all of
 # them instead of the two that training has not seen.
 RUN ?= runs/demo_towers
 DATA ?= data/demo
 SPLITS ?= --split val test
 INDEX ?= index/$(notdir $(RUN))
+EMBED ?=
 serve: .venv/shop
-	@test -f $(RUN)/config.json || { echo "make: $(RUN) is not there; make train trains it first"; exit 1; }
-	$(BIN)/python -m eclip embed --model $(RUN) --data $(DATA) $(SPLITS) --facets colour size type --out $(INDEX)
+	@test -f $(RUN)/config.json || { echo "make: $(RUN) is not there; make train trains it first; another run: make serve RUN=runs/demo"; exit 1; }
+	$(BIN)/python -m eclip embed --model $(RUN) --data $(DATA) $(SPLITS) --facets colour size type --out $(INDEX) $(EMBED)
 	$(BIN)/python -m eclip serve --index $(INDEX) $(FLAGS)
 
 test: .venv/tests
@@ -64,7 +65,7 @@ clean:
 
 # Training needs neither of these two.
 .venv/shop: .venv/installed
-	$(INSTALL) -e .[$(EXTRAS),serve,export]
+	$(INSTALL) -e .[$(EXTRAS),serve]
 	touch $@
 
 .venv/tests: .venv/installed

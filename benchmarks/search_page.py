@@ -31,7 +31,7 @@ def missing_browser() -> str | None:
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
-        return 'playwright is not installed: pip install "eclip[serve,browser]"'
+        return 'playwright is not installed: pip install -e ".[serve,browser]"'
     if find_chromium() is None:
         return f"no Chromium on PATH ({', '.join(CHROMIUMS)}): install it (Debian: apt-get install chromium)"
     return None

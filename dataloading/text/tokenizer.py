@@ -119,6 +119,11 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {advice}") from None
 
+    def vocabulary(self) -> list[str]:
+        """Every piece, in the order of their ids."""
+        ids = self._tokenizer.get_vocab()
+        return sorted(ids, key=ids.__getitem__)
+
     def encode(self, texts: Sequence[str], max_tokens: int = 55) -> tuple[Tensor, Tensor]:
         """Texts to a ragged batch: tokens (total,) int64 and cu_seqlens (n+1,) int32.
 

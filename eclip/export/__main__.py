@@ -55,7 +55,17 @@ class Arguments:
     """No progress bars."""
 
 
+    def __post_init__(self) -> None:
+        if not (self.int8 and self.measure):
+            given = {"--data-dir": self.data_dir, "--limit": self.limit}
+            for name in (name for name, value in given.items() if value is not None):
+                raise ValueError(f"{name} is of what --int8 costs, which is not measured here: leave it out")
+        if not (self.int8 or self.measure):
+            raise ValueError("--no-measure leaves out what --int8 costs, and there is no --int8: leave one out")
+
+
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.export") -> None:
+    """Export and print what is there; exits with 2 for flags that mean nothing, with 1 for what cannot be exported."""
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog=prog, args=argv)
     for stream in (sys.stdout, sys.stderr):

@@ -79,7 +79,7 @@ def require_onnx() -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            raise ValueError(f'--onnx needs the package {name}; pip install "eclip[export]"') from None
+            raise ValueError(f'--onnx needs the package {name}; pip install -e ".[export]"') from None
 
 
 def write_onnx(

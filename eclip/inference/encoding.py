@@ -37,13 +37,6 @@ class EncodedImages:
         """(n, D) unit global embeddings."""
         return F.normalize(self.features.cls.float(), dim=-1)
 
-    def repeat(self, row: int, times: int) -> "EncodedImages":
-        """One image, `times` times: to ask it with as many prompts. Nothing is copied."""
-        cls, tokens = self.features.cls[row : row + 1], self.features.tokens[row : row + 1]
-        return EncodedImages(
-            ImageFeatures(cls.expand(times, -1), tokens.expand(times, -1, -1)), [self.sizes[row]] * times
-        )
-
 
 @dataclass(frozen=True)
 class Instances:
@@ -84,7 +77,7 @@ class Encoder:
         """Hex digest of weights, settings and vocabulary: vectors of two models of one fingerprint can be compared."""
         settings = dataclasses.asdict(self.model.config)
         settings.pop("kernels")
-        digest = hashlib.sha256(json.dumps([settings, self.max_tokens, self.tokenizer.vocab_size]).encode())
+        digest = hashlib.sha256(json.dumps([settings, self.max_tokens, self.tokenizer.vocabulary()]).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

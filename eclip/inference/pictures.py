@@ -31,7 +31,7 @@ from eclip.dataloading.schema import Box
 Picture = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
 """What is taken for an image: a file's path (str or Path), its bytes, an open binary file, a PIL image, or an array
 (H, W, 3) of uint8 RGB; (H, W) is grey, (H, W, 4) has an alpha channel, which is put on white."""
-_KINDS = "give a path, the bytes of an image file, a PIL image or a uint8 array (H, W, 3)"
+_KINDS = "give a path, the bytes of an image file, an open one, a PIL image or a uint8 array (H, W, 3)"
 
 
 @dataclass(frozen=True)

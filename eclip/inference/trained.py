@@ -47,14 +47,14 @@ class TrainedModel:
         """D, the width of every embedding."""
         return self.encoder.embed_dim
 
-    def embed_texts(self, texts: str | Sequence[str]) -> Vectors:
+    def embed_texts(self, texts: str | Iterable[str]) -> Vectors:
         """Titles or words of a query: (m, D). Raises ValueError for an empty text: it has nothing to say."""
         return _numpy(F.normalize(self.text_features(texts), dim=-1))
 
     def embed_images(
         self,
-        images: Picture | Sequence[Picture],
-        prompts: str | Sequence[str] | Picture | Sequence[Picture] | None = None,
+        images: Picture | Iterable[Picture],
+        prompts: str | Iterable[str] | Picture | Iterable[Picture] | None = None,
         *,
         instance: bool | None = None,
         boxes: Sequence[Box | None] | None = None,
@@ -62,9 +62,11 @@ class TrainedModel:
     ) -> Vectors:
         """Images to (n, D): whole pictures, or the one product in each that a prompt names.
 
-        prompts: one for each image: a str is a text; an exemplar image is a Path, bytes, a PIL image or an array. With
+        prompts: one for each image: a str is a text, anything else an exemplar image (a Path, bytes, ...). With
         them, or with `instance=True`, where each image prompts itself, the result is instance embeddings, else global
         ones. boxes: x0, y0, x1, y1 in pixels, the part of each image that is looked at (None: all of it).
+        Raises ValueError for an image that cannot be read, which is named by its place; for a box without a pixel; for
+        prompts of a model without a decoder. TypeError for what is no image.
         """
         pictures = _as_list(images, "images", "an image")
         wanted = prompts is not None if instance is None else instance
@@ -85,8 +87,8 @@ class TrainedModel:
 
     def embed_products(
         self,
-        images: Picture | Sequence[Picture],
-        titles: str | Sequence[str],
+        images: Picture | Iterable[Picture],
+        titles: str | Iterable[str],
         *,
         kind: ProductKind = "instance",
         batch_size: int = BATCH,
@@ -134,7 +136,7 @@ class TrainedModel:
         return find_regions(_numpy(scores[0]), encoded.sizes[0], side=side, threshold=cut, limit=limit)
 
     def match(
-        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, batch_size: int = BATCH
+        self, images: Picture | Iterable[Picture], texts: str | Iterable[str], *, batch_size: int = BATCH
     ) -> Vectors:
         """(n, m) probability, by the matching head (L_itm), that text j names something that image i shows.
 
@@ -174,7 +176,7 @@ class TrainedModel:
         ]
         return self.encoder.images(torch.stack([pixels.square for pixels in read]), [pixels.size for pixels in read])
 
-    def text_features(self, texts: str | Sequence[str]) -> Tensor:
+    def text_features(self, texts: str | Iterable[str]) -> Tensor:
         """(m, D) features of texts, not normalised, on the model's device. Raises ValueError for an empty text."""
         listed = _as_list(texts, "texts", "a text")
         if not listed:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,21 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
-    flags = "checkpoint out overwrite best weights name licence towers onnx int8 measure data-dir limit device"
-    assert all(f"--{flag}" in text for flag in flags.split())
+    assert all(f"--{field.name.replace('_', '-')}" in text for field in fields(command.Arguments))
 
 
 def test_flags_reach_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(command, "export_run", lambda *given: seen.extend(given))
     command.main(["--checkpoint", "runs/x", "--out", "o", "--best", "--no-towers", "--onnx", "--int8", "--limit", "3",
-                  "--weights", "momentum", "--no-measure", "--licence", "mit", "--quiet"])  # fmt: skip
+                  "--weights", "momentum", "--licence", "mit", "--quiet"])  # fmt: skip
     run, out, wanted = seen
     assert (run, out) == (Path("runs/x"), Path("o"))
     assert (wanted.which, wanted.weights, wanted.towers, wanted.onnx, wanted.int8) == (
         *("best", "momentum", False),
         *(True, True),
     )
-    assert (wanted.limit, wanted.measure, wanted.licence, wanted.progress) == (3, False, "mit", False)
+    assert (wanted.limit, wanted.measure, wanted.licence, wanted.progress) == (3, True, "mit", False)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,9 @@ def test_flags_reach_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--checkpoint", "gone", "--out", "o"], "error: gone: no such folder; give the --run-dir", "gone"),
         (["--checkpoint", "gone"], 2, "--out"),
         (["--checkpoint", "gone", "--out", "o", "--int9"], 2, "--int9"),
+        (["--checkpoint", "gone", "--out", "o", "--limit", "3"], 2, "--limit is of what --int8 costs"),
+        (["--checkpoint", "gone", "--out", "o", "--int8", "--no-measure", "--limit", "3"], 2, "--limit is of what"),
+        (["--checkpoint", "gone", "--out", "o", "--no-measure"], 2, "--no-measure leaves out"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -102,5 +102,5 @@ def test_a_file_that_differs_is_not_given_out(model: ECLIP, tmp_path: Path, monk
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf'--onnx needs the package {name}; pip install "eclip\[export\]"'):
+    with pytest.raises(ValueError, match=rf'--onnx needs the package {name}; pip install -e ".\[export\]"'):
         onnx_files.require_onnx()

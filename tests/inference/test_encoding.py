@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eclip.dataloading.text import Tokenizer
 from eclip.inference import Encoder, TrainedModel
 from eclip.inference.encoding import IMAGE, TEXT
 from eclip.objectives.eclip import EclipObjective
@@ -34,12 +35,10 @@ def test_embeddings_and_maps_are_those_of_evaluation(encoder: Encoder) -> None:
 
 
 def test_one_image_asked_with_many_prompts(encoder: Encoder) -> None:
-    images, texts = encoder.images(squares(encoder, 2), [(40, 30), (20, 10)]), torch.randn(3, encoder.embed_dim)
-    again = images.repeat(1, 3)
-    assert again.sizes == [(20, 10)] * 3
-    many = encoder.instances(again, texts, TEXT)
+    square, texts = squares(encoder, 1), torch.randn(3, encoder.embed_dim)
+    many = encoder.instances(encoder.images(square.expand(3, -1, -1, -1), [(20, 10)] * 3), texts, TEXT)
     for i in range(3):
-        alone = encoder.instances(images.repeat(1, 1), texts[i : i + 1], TEXT)
+        alone = encoder.instances(encoder.images(square, [(20, 10)]), texts[i : i + 1], TEXT)
         torch.testing.assert_close(many.vectors[i], alone.vectors[0])
     assert not torch.allclose(many.maps[0], many.maps[1], atol=1e-3)  # the prompt matters
 
@@ -51,9 +50,9 @@ def test_the_matching_head_sees_what_it_was_trained_on(encoder: Encoder) -> None
     torch.testing.assert_close(encoder.match(3 * h, 7 * w), logits.softmax(-1)[:, 1].detach())
 
 
-def test_a_fingerprint_is_of_the_weights(encoder: Encoder) -> None:
-    def again() -> Encoder:
-        return Encoder(encoder.model, encoder.tokenizer, max_tokens=encoder.max_tokens, trains_decoder=True)
+def test_a_fingerprint_is_of_weights_and_vocabulary(encoder: Encoder) -> None:
+    def again(tokenizer: Tokenizer = encoder.tokenizer) -> Encoder:
+        return Encoder(encoder.model, tokenizer, max_tokens=encoder.max_tokens, trains_decoder=True)
 
     assert again().fingerprint == encoder.fingerprint and len(encoder.fingerprint) == 64
     with torch.no_grad():
@@ -61,6 +60,8 @@ def test_a_fingerprint_is_of_the_weights(encoder: Encoder) -> None:
         changed = again().fingerprint
         encoder.model.image_projection.bias[0] -= 1
     assert changed != encoder.fingerprint
+    sofas, lamps = (Tokenizer.train([word], 64) for word in ("abcd", "wxyz"))
+    assert sofas.vocab_size == lamps.vocab_size and again(sofas).fingerprint != again(lamps).fingerprint
 
 
 def test_without_a_decoder_there_is_no_instance(encoder: Encoder) -> None:
