@@ -23,7 +23,7 @@ from eclip.search.query.filters import quoted
 from eclip.search.query.fusion import Candidate
 
 _SUMMED = 200  # candidates of each column that are compared by the sum
-_REFINED = 2000  # whole vectors that an approximate index may read for a question's column
+_REFINED = 400  # whole vectors that an approximate index reads for a question's column; more find no more
 _ROW = ("id", "product", "title", "category", "attributes", "price", "image", "source", "width", "height")
 _BOXES = ("box_image", "box_title")
 
@@ -129,21 +129,39 @@ class ImageTable:
 
         exact: every vector is compared, with an index of vectors too.
         """
-        with reading(self.index):
-            asked = self._table.search(vector, vector_column_name=column, query_type="vector").distance_type(METRIC)
-            if exact:
-                asked = asked.bypass_vector_index()
-            elif column in self._indexed:
-                plan = self.facts.index
-                # 0: as many partitions as it takes to find `count` rows that fulfil the filter.
-                refine = max(1, min(plan.refine, _REFINED // count))
-                asked = asked.minimum_nprobes(plan.nprobes).maximum_nprobes(0).refine_factor(refine)
-            if where is not None:
-                asked = asked.where(where, prefilter=True)
-            found = asked.limit(count).with_row_id(True).select(["product", "_distance"]).to_arrow()
+        approximate = column in self._indexed and not exact
+        found = self._nearest(vector, column, count, where, approximate=approximate)
+        if approximate and len(found) < count:
+            # A filter left too little in the partitions that were looked into. To let LanceDB look on from the start
+            # (maximum_nprobes) costs every question of a million rows 40 ms instead of 6.
+            found = self._nearest(vector, column, count, where, approximate=True, everywhere=True)
         scores = 1 - found["_distance"].to_numpy()
         rows, products = found["_rowid"].to_pylist(), found["product"].to_pylist()
         return [Candidate(row, product, float(s)) for row, product, s in zip(rows, products, scores, strict=True)]
+
+    def _nearest(
+        self,
+        vector: NDArray[np.float32],
+        column: str,
+        count: int,
+        where: str | None,
+        *,
+        approximate: bool,
+        everywhere: bool = False,
+    ) -> Any:
+        """An Arrow table of `product`, `_distance` and `_rowid`, the nearest first."""
+        with reading(self.index):
+            asked = self._table.search(vector, vector_column_name=column, query_type="vector").distance_type(METRIC)
+            if approximate:
+                plan = self.facts.index
+                asked = asked.nprobes(plan.nprobes).refine_factor(max(1, min(plan.refine, _REFINED // count)))
+                if everywhere:
+                    asked = asked.maximum_nprobes(0)
+            else:
+                asked = asked.bypass_vector_index()
+            if where is not None:
+                asked = asked.where(where, prefilter=True)
+            return asked.limit(count).with_row_id(True).select(["product", "_distance"]).to_arrow()
 
     def nearest_sum(
         self, vector: NDArray[np.float32], columns: Sequence[str], count: int, where: str | None = None
