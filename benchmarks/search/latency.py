@@ -25,8 +25,7 @@ from eclip.search.embed.indexes import METRIC, VectorIndex, plan, wanted_indexes
 from eclip.search.embed.narrowing import Narrowing
 from eclip.search.embed.store import connect
 from eclip.search.query.fusion import Candidate, fold, fuse
-from eclip.search.query.table import Facts as IndexFacts
-from eclip.search.query.table import ImageTable
+from eclip.search.query.table import ImageTable, IndexFacts
 
 COLUMN, SECOND = "instance_title", "text"
 SHOWN = ["id", "product", "title", "category", "price"]

@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, objec
 def test_a_table(shop: Path) -> None:
     said = run_command([sys.executable, "-m", "eclip.search", "--index", str(shop), "red", "sofa", "--limit", "3"])
     head, *rows = said.splitlines()
-    assert head.split() == ["score", "title", "category", "price", "region", "image"]
+    assert head.split() == ["score", "title", "category", "price", "region", "id"]
     assert [row.split()[0] for row in rows[:3]] == ["1", "2", "3"] and "score: cosine; model" in said
 
 

@@ -23,7 +23,7 @@ from eclip.parallel.torchrun import has_launcher
 from eclip.presets import one_line_errors
 from eclip.search.embed.catalogue import Catalogue, ShardCatalogue, TableCatalogue
 from eclip.search.embed.indexes import Kind
-from eclip.search.embed.run import Report, Settings, Vectors, embed_catalogue
+from eclip.search.embed.run import Report, Settings, VectorKind, embed_catalogue
 from eclip.search.embed.store import Place
 
 _SHOWN = 5
@@ -56,7 +56,7 @@ class Arguments:
     """Of the vectors; auto: flat (every vector is looked at) up to 50,000 rows, above IVF_PQ."""
     dim: int | None = None
     """Keep so many numbers of each vector, by a cut or a learnt rotation, whichever loses less."""
-    vectors: Vectors = "float32"
+    vectors: VectorKind = "float32"
     """How vectors are kept. int8: in float16, searched through an index of one byte a number (from 256 rows on)."""
     facets: tuple[str, ...] = ()
     """Attributes to filter by; by default those that take few values."""

@@ -62,16 +62,12 @@ def narrowing(parts: Parts, model: TrainedModel, dim: int | None) -> tuple[Narro
         return None, ""
     columns = vector_columns(encoder.has_decoder)
     step = -(-parts.images * len(columns) // _SAMPLE)
-    sample: list[NDArray[np.float32]] = []
-
-    def blocks() -> Iterator[NDArray[np.float32]]:
-        for table in parts.tables(columns):
-            for column in columns:
-                block = matrix(table[column])
-                sample.append(block[::step])
-                yield block
-
-    moment = second_moment(blocks())
+    moment, sample = np.zeros((encoder.embed_dim, encoder.embed_dim)), []
+    for table in parts.tables(columns):
+        for column in columns:
+            block = matrix(table[column])
+            moment += second_moment([block])
+            sample.append(block[::step])
     return choose(moment, np.concatenate(sample), dim)
 
 

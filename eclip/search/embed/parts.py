@@ -152,11 +152,6 @@ class Parts:
         found = [self._facts(part) or {} for part in range(self.count)]
         return [(name, reason) for facts in found for name, reason in facts.get("rejected", [])]
 
-    def remove(self) -> None:
-        """Delete what is here: the rows are elsewhere now."""
-        for path in [*self.folder.glob("part-*.parquet*"), self.folder / MANIFEST]:
-            path.unlink(missing_ok=True)
-
 
 def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The first thing that differs."""

@@ -19,7 +19,7 @@ from eclip.search.embed.parts import Parts
 from eclip.search.embed.schema import FORMAT, need, record_of
 from eclip.search.embed.store import Place
 
-Vectors = Literal["float32", "float16", "int8"]
+VectorKind = Literal["float32", "float16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class Settings:
     """Longer side, pixels."""
     dim: int | None = None
     """Numbers of a vector; None: all."""
-    vectors: Vectors = "float32"
+    vectors: VectorKind = "float32"
     index: Kind = "auto"
     facets: tuple[str, ...] = ()
-    """Attributes to filter by; (): those that few values are known of."""
+    """Attributes to filter by; (): those with 2 to 200 values, fewer than products."""
     workers: int = 2
     progress: bool = True
 

@@ -32,8 +32,6 @@ FORMAT = 1
 GLOBAL, INSTANCE_IMAGE, INSTANCE_TITLE = "global", "instance_image", "instance_title"
 TITLE = "text"
 """The embedding of the title: what words are compared with, where catalogues have good titles."""
-WIDTHS = ("float32", "float16", "int8")
-"""What vectors are kept as; int8 is float16 and an index of one byte a number (indexes.py)."""
 
 
 def need(*modules: str) -> None:
@@ -45,7 +43,7 @@ def need(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f'{module} is not installed ({error}); pip install "eclip[serve]"') from error
+            raise ValueError(f'{module} is not installed ({error}); pip install -e ".[serve]"') from error
 
 
 def vector_columns(has_decoder: bool) -> tuple[str, ...]:

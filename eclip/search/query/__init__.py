@@ -15,6 +15,6 @@ matching.py    what takes the model once more: hits put in order by the matching
 
 from eclip.search.query.query import Answer, Filters, Hit, Query
 from eclip.search.query.searcher import Prepared, Searcher
-from eclip.search.query.table import NoSuchImage
+from eclip.search.query.table import NoSuchImage, UnreadableIndex
 
-__all__ = ["Answer", "Filters", "Hit", "NoSuchImage", "Prepared", "Query", "Searcher"]
+__all__ = ["Answer", "Filters", "Hit", "NoSuchImage", "Prepared", "Query", "Searcher", "UnreadableIndex"]

@@ -1,6 +1,6 @@
-"""What is asked to vectors: a question is checked and its photo decoded (`prepare`), many go through the model (`ask`).
+"""What is asked to vectors: the photo of a question is decoded (`decode`), many go through the model (`ask`).
 
-Which vector is compared with which column, and what each choice was measured to give, stands in `ask`.
+Which vector is compared with which column stands in `ask`; what each choice was measured to give, in README.md, Ask.
 Letters: D embedding width, S side of the model's square.
 """
 
@@ -24,9 +24,8 @@ from eclip.search.embed.schema import GLOBAL, INSTANCE_IMAGE, INSTANCE_TITLE, TI
 from eclip.search.query.query import Query
 
 MARGIN = 0.15
-"""Around a box that is asked: what is looked at is the square of 1.3 times its longer side (`widen`). On photos of the
-demo with the true box of the product as query, mAP@10 is 82.1 with the box itself, 88.4 with a margin of 15% of each
-side and 87.2 with the square; of a smaller product in the photo 63.4, 71.9 and 78.6."""
+"""Around a box that is asked: what is looked at is the square of 1.3 times its longer side (`widen`). The box itself
+finds less; a margin of 15% of each side finds a point more of a photo's main product, and much less of smaller ones."""
 _REGIONS = 3
 
 
@@ -79,11 +78,10 @@ def decode(query: Query, size: int) -> Pixels | None:
 def ask(model: TrainedModel, prepared: Sequence[Prepared], columns: set[str]) -> list[Asked]:
     """Vectors of questions: one pass of the text tower, and of the image tower one a batch of 32 photos.
 
-    columns: of the table. Words meet the sum of a title's feature (`text`) and of what the image shows of its title
-    (mAP@10 of titles of the demo that no page has: 98.6; against the second alone 39.8, the titles there tell nearly
-    all). A photo, or a box of it, is its own prompt on both sides (62.7; 56.2 against global vectors). Words with a
-    photo prompt it; the instance and the words' feature together are asked, against the same sum (99.2; against the
-    instances alone 79.2, and 75.0 without the words' feature).
+    columns: of the table. Words meet the sum of a title's feature (`text`) and of what the image shows of its title:
+    where titles are good, they tell nearly all. A photo, or a box of it, is its own prompt on both sides, which finds
+    more than global vectors. Words with a photo prompt it; the instance and the words' feature together are asked,
+    against the same sum.
     """
     texts = list(dict.fromkeys(p.query.words for p in prepared if p.query.words is not None))
     features = dict(zip(texts, model.text_features(texts), strict=True)) if texts else {}
@@ -97,7 +95,9 @@ def ask(model: TrainedModel, prepared: Sequence[Prepared], columns: set[str]) ->
         found_ones = _ask_photos(model, [prepared[i] for i in places], features, columns)
         for place, found in zip(places, found_ones, strict=True):
             asked[place] = found
-    return [found for found in asked if found is not None]
+    found_all = [found for found in asked if found is not None]
+    assert len(found_all) == len(prepared)  # each has words or a photo (Query)
+    return found_all
 
 
 def _ask_words(model: TrainedModel, feature: Tensor, columns: set[str]) -> Asked:

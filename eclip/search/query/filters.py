@@ -44,7 +44,7 @@ def predicate(filters: Filters) -> str | None:
 def check_names(filters: Filters, count: Callable[[str], int], facets: Callable[[], dict[str, Any]]) -> None:
     """Raise ValueError for a category, a source, an attribute or a price that no row has, naming what is near.
 
-    count: rows that fulfil some SQL. facets: those of the table (`ImageTable.facets`), asked for only to find names.
+    count: rows that fulfil some SQL. facets: those of the table (`Searcher.facets`), asked for only to find names.
     What exists and only never stands together is no error: it has no hits.
     """
     if filters.category is not None and not count(has_category(filters.category)):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from eclip.dataloading.schema import Box
-from eclip.inference import Region, TrainedModel
-from eclip.inference.encoding import TEXT
+from eclip.inference import Region, TrainedModel, read_picture
+from eclip.inference.encoding import IMAGE, TEXT
 from eclip.inference.trained import Vectors
 from eclip.search.embed.schema import INSTANCE_TITLE
-from eclip.search.query.asking import regions_of
+from eclip.search.query.asking import MARGIN, regions_of
 
 MATCHED = INSTANCE_TITLE
 """The matching head was trained on instances that were prompted by their own titles."""
@@ -26,8 +26,7 @@ def match_scores(model: TrainedModel, words: Tensor, instances: Vectors, cosines
     """(n,) scale * cosine + logit of the matching head, both as training has them.
 
     words: (D,) feature; instances: (n, D) stored vectors of MATCHED; cosines: (n,) of the first ranking. The head alone
-    ranks worse than the cosines that it follows (on titles of the demo mAP@10 35.2 after 49.0, the sum 45.8; on others
-    40.2 after 39.8, the sum 42.1): it is a voice, not the judge.
+    ranks worse than the cosines that it follows, and the sum no better (evaluate/README.md has the figures).
     """
     encoder = model.encoder
     rows = torch.from_numpy(np.ascontiguousarray(instances, dtype=np.float32))
@@ -40,11 +39,7 @@ def match_scores(model: TrainedModel, words: Tensor, instances: Vectors, cosines
 def find_words(model: TrainedModel, words: Tensor, rows: Sequence[dict[str, Any]]) -> list[Box]:
     """Where the words (D,) are in the thumbnail of each row, in pixels of the row's width and height."""
     encoded = model.encode([row["thumbnail"] for row in rows])
-    prompts = words.expand(len(rows), -1)
-    if model.encoder.has_decoder:
-        maps = model.encoder.instances(encoded, prompts, TEXT).maps
-    else:
-        maps = model.encoder.cosine_maps(encoded, prompts)
+    maps = model.encoder.maps(encoded, words.expand(len(rows), -1), TEXT)
     scores = maps.float().cpu().numpy()
     return [regions_of(model, s, _whole(row), limit=1)[0].box for s, row in zip(scores, rows, strict=True)]
 
@@ -56,12 +51,9 @@ def locate_in(
     if isinstance(prompt, str):
         features, modality = model.text_features(prompt), TEXT
     else:
-        features, modality = model.prompt_features(prompt, 1, 1, boxes=None if box is None else [box])
-    encoded = model.encode([row["thumbnail"]])
-    if model.encoder.has_decoder:
-        maps = model.encoder.instances(encoded, features, modality).maps
-    else:
-        maps = model.encoder.cosine_maps(encoded, features)
+        pixels = read_picture(prompt, model.encoder.image_size, box, margin=MARGIN)
+        features, modality = model.encoder.images(pixels.square[None], [pixels.size]).features.cls, IMAGE
+    maps = model.encoder.maps(model.encode([row["thumbnail"]]), features, modality)
     return regions_of(model, maps[0].float().cpu().numpy(), _whole(row), limit=limit)
 
 

@@ -118,7 +118,8 @@ class Answer:
     photo_regions: list[Region] = field(default_factory=list)
     """The part of the photo that was taken for what is asked, the heaviest first."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where the time went: decode, model, index, rerank, locate; of a batch, model is that of all."""
+    """Where the time went: prepare (checks and decoding), model, index, rerank, rows, locate; of a batch, model is
+    that of all."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; regions without their maps."""

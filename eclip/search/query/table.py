@@ -1,9 +1,8 @@
-"""The LanceDB table of an index: opened and checked, nearest vectors, full text, rows, thumbnails, facets.
+"""The LanceDB table of an index: opened and checked, nearest vectors, full text, rows.
 
 LanceDB gives distances; scores here are cosines, larger is better. Threads may share a table.
 """
 
-import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from eclip.inference import TrainedModel
 from eclip.search.embed.finish import matrix
 from eclip.search.embed.indexes import METRIC, VectorIndex
 from eclip.search.embed.narrowing import Narrowing
-from eclip.search.embed.schema import FORMAT, TABLE, record_of
+from eclip.search.embed.schema import FORMAT, TABLE, need, record_of
+from eclip.search.embed.store import connect
 from eclip.search.query.filters import quoted
 from eclip.search.query.fusion import Candidate
 
@@ -28,12 +28,16 @@ _ROW = ("id", "product", "title", "category", "attributes", "price", "image", "s
 _BOXES = ("box_image", "box_title")
 
 
+class UnreadableIndex(ValueError):
+    """The index is damaged or gone: no fault of whoever asks it."""
+
+
 class NoSuchImage(ValueError):
     """No row of the table has this id."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class IndexFacts:
     """What an index says of itself."""
 
     model: str
@@ -55,7 +59,7 @@ class Facts:
 class ImageTable:
     """The table `images` of an index, one row an image."""
 
-    def __init__(self, index: str, table: Any, facts: Facts) -> None:
+    def __init__(self, index: str, table: Any, facts: IndexFacts) -> None:
         """Use `ImageTable.open`."""
         self.index, self.facts, self._table = index, facts, table
         self.columns: set[str] = set(table.schema.names)
@@ -68,11 +72,12 @@ class ImageTable:
     def open(cls, index: str | Path) -> "ImageTable":
         """Open an index: a folder, or an address that LanceDB knows. Raises ValueError when there is none, or none that
         can be read."""
-        lancedb, name = _lancedb(), str(index)
+        name = str(index)
+        need("lancedb", "pyarrow")
         if "://" not in name and not Path(name).is_dir():
             raise ValueError(f"{name}: no such folder; eclip embed --out {name} makes an index")
         with reading(name):
-            database = lancedb.connect(name)
+            database = connect(name)
             there = TABLE in database.list_tables().tables
         if not there:
             raise ValueError(
@@ -243,15 +248,7 @@ def reading(index: str) -> Iterator[None]:
         raise
     except Exception as error:  # RuntimeError, OSError, ValueError and more, with Rust's backtraces in them
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{index}: the index cannot be read ({reason}); make it anew with eclip embed") from error
-
-
-@functools.cache
-def _lancedb() -> Any:
-    try:
-        return importlib.import_module("lancedb")
-    except ImportError as error:
-        raise ValueError(f'search needs LanceDB ({error}): pip install "eclip[serve]"') from error
+        raise UnreadableIndex(f"{index}: the index cannot be read ({reason}); make it anew with eclip embed") from error
 
 
 def no_decoder(what: str) -> str:
@@ -262,7 +259,7 @@ def no_decoder(what: str) -> str:
     )
 
 
-def _facts(index: str, schema: Any, rows: int) -> Facts:
+def _facts(index: str, schema: Any, rows: int) -> IndexFacts:
     """Out of the schema's metadata. Raises ValueError for what is none of ours."""
     told = record_of(schema)
     if told is None:
@@ -273,7 +270,7 @@ def _facts(index: str, schema: Any, rows: int) -> Facts:
             f"eclip embed"
         )
     try:
-        return Facts(
+        return IndexFacts(
             model=str(told["model"]),
             fingerprint=str(told["fingerprint"]),
             embed_dim=int(told["embed_dim"]),

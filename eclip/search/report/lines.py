@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from eclip.evaluate.report.lettering import clean
 from eclip.search.query import Answer, Hit
 
-_WIDEST = {"title": 44, "category": 18, "image": 48}
+_WIDEST = {"title": 44, "category": 18, "id": 48}
 
 
 def format_answer(answer: Answer) -> str:
@@ -14,7 +14,7 @@ def format_answer(answer: Answer) -> str:
     if not answer.hits:
         return "no hits: nothing in the index fulfils all filters"
     priced = any(hit.price is not None for hit in answer.hits)
-    head = ["", "score", "title", "category", *(["price"] if priced else []), "region", "image"]
+    head = ["", "score", "title", "category", *(["price"] if priced else []), "region", "id"]
     rows = [_cells(rank, hit, priced) for rank, hit in enumerate(answer.hits, start=1)]
     widths = [max(_width(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join(_pad(cell, width, name) for cell, width, name in zip(row, widths, head, strict=True)).rstrip()
@@ -30,7 +30,7 @@ def _cells(rank: int, hit: Hit, priced: bool) -> list[str]:
     price = [] if not priced else ["" if hit.price is None else f"{hit.price:g}"]
     region = "" if hit.box is None else f"{_box(hit.box)} of {_size((hit.width, hit.height))}"
     texts = [_cut(hit.title, _WIDEST["title"]), _cut(hit.category, _WIDEST["category"])]
-    return [str(rank), f"{hit.score:.3f}", *texts, *price, region, _cut(hit.id, _WIDEST["image"], keep_end=True)]
+    return [str(rank), f"{hit.score:.3f}", *texts, *price, region, _cut(hit.id, _WIDEST["id"], keep_end=True)]
 
 
 def _box(box: Sequence[float]) -> str:
