@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from eclip.presets import one_line_errors
-from eclip.serve.limits import MEGABYTE, Limits
+from eclip.serve.limits import LOCAL, MEGABYTE, Limits
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _BACKLOG = 2048
 _STOPPING = 10  # seconds that requests under way have to be answered
 
@@ -41,7 +40,7 @@ class Arguments:
     max_megapixels: float = 50
     """Of a photo."""
     timeout: float = 30
-    """Seconds until a request is given up."""
+    """Seconds that a request may take, from its last byte to its answer."""
     batch: int = 32
     """Questions that the model takes together; 1 asks them one by one."""
     batch_window: float = 0
@@ -57,7 +56,8 @@ class Arguments:
             raise ValueError("--host is empty: use 127.0.0.1, or 0.0.0.0 for every network")
         for name in ("max_upload_mb", "max_megapixels", "timeout", "batch"):
             if not 0 < getattr(self, name) < 1e6:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: use more than 0")
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{flag}: use more than 0 and less than a million")
         if not 0 <= self.batch_window <= 1000:
             raise ValueError(f"--batch-window {self.batch_window}: use 0 to 1000 milliseconds")
 
@@ -71,6 +71,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m eclip.serve") -> None:
+    """Serve until a signal; exits with 2 for flags that mean nothing, with 1 for what cannot be served."""
     with one_line_errors():
         arguments = tyro.cli(Arguments, prog=prog, args=argv)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -126,7 +127,7 @@ def _uvicorn() -> Any:
         import python_multipart  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise ValueError(f'eclip serve needs the package {error.name}: pip install "eclip[serve]"') from None
+        raise ValueError(f'eclip serve needs the package {error.name}: pip install -e ".[serve]"') from None
     return uvicorn
 
 
@@ -148,14 +149,14 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _hosts(arguments: Arguments) -> set[str] | None:
     named = {name.lower() for name in arguments.allow_host}
-    if arguments.host in _LOOPBACK:
-        return {*_LOOPBACK, *named}
-    return {*_LOOPBACK, *named} if named else None
+    if arguments.host in LOCAL:
+        return {*LOCAL, *named}
+    return {*LOCAL, *named} if named else None
 
 
 def _say_where(arguments: Arguments, listener: socket.socket, health: dict[str, Any]) -> None:
     host, port = listener.getsockname()[:2]
-    if arguments.host not in _LOOPBACK:
+    if arguments.host not in LOCAL:
         print(f"warning: --host {arguments.host}: no login; whoever reaches this port may search", file=sys.stderr)
     shown = f"[{host}]" if ":" in host else host
     held = f"{health['products']} products, {health['rows']} images"

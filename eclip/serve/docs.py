@@ -14,7 +14,7 @@ table { border-collapse: collapse; } td, th { text-align: left; vertical-align: 
 """
 
 
-def _value(kind: str, told: str = "", **more: Any) -> dict[str, Any]:
+def _value(kind: str | list[str], told: str = "", **more: Any) -> dict[str, Any]:
     return {"type": kind, **({"description": told} if told else {}), **more}
 
 
@@ -39,7 +39,7 @@ _HIT = _object(
         "title": _TEXT,
         "category": _TEXT,
         "attributes": _value("object"),
-        "price": _value("number", "or null"),
+        "price": _value(["number", "null"]),
         "score": _value("number", "larger is better"),
         "source": _value("string", "customer, detail, ..."),
         "width": _value("integer"),
@@ -63,7 +63,7 @@ def _inputs(limits: Limits) -> dict[str, tuple[str, dict[str, Any], dict[str, An
         "price_max": _NUMBER,
         "limit": _value("integer", f"hits, 1 to {limits.hits}", default=10),
         "hybrid": _value("boolean", "the words by full text on titles, too", default=False),
-        "rerank": _value("integer", f"0 to {limits.rerank} first hits by the matching head", default=0),
+        "rerank": _value("integer", f"0, or of limit to {limits.rerank} first hits, by the matching head", default=0),
         "fold": _value("boolean", "a product once, by its best image", default=True),
         "locate": _value("boolean", "look for the words in every picture that is shown"),
     }
@@ -142,7 +142,8 @@ def describe(limits: Limits) -> dict[str, Any]:
 def _operation(path: str, told: str, gives: dict[str, Any], **more: Any) -> dict[str, Any]:
     good = {"description": "OK", "content": {"application/json": {"schema": _object(gives)}}}
     bad = {
-        "description": "400, 404, 413, 415, 422: what was sent; 503, 504: too much to do, with Retry-After",
+        "description": "400, 403, 404, 405, 408, 413, 415, 422: what was sent; 503: too much to do, with Retry-After; "
+        "504: no answer in time; 500: an error of the server's",
         "content": {"application/json": {"schema": _ERROR}},
     }
     name = path.strip("/")

@@ -15,10 +15,9 @@ from urllib.parse import quote, urlsplit
 from eclip.serve.limits import Limits, Refusal, busy
 
 LOG = logging.getLogger("eclip.serve")
-LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = (
     # The page needs no other host, ever; thumbnails are its own, a dropped photo is shown from a blob.
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    (b"content-security-policy", b"default-src 'self'; img-src 'self'; object-src 'none'; base-uri 'none'; "
      b"form-action 'self'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MEGABYTE = 1_000_000
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""This machine's names for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

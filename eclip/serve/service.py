@@ -6,11 +6,11 @@ side.
 
 import asyncio
 import os
-from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from eclip.inference import EncodedImages, Region
 from eclip.inference.encoding import IMAGE, TEXT
 from eclip.inference.pictures import Pixels
 from eclip.inference.trained import Vectors
-from eclip.search.query import Answer, NoSuchImage, Prepared, Query, Searcher
+from eclip.search.query import Answer, NoSuchImage, Prepared, Query, Searcher, UnreadableIndex
 from eclip.search.query.asking import MARGIN, regions_of
 from eclip.serve.asked import Place
 from eclip.serve.batching import Batcher
@@ -27,6 +27,21 @@ from eclip.serve.decoding import DecodePool
 from eclip.serve.limits import Limits, Refusal
 
 T = TypeVar("T")
+Asks = TypeVar("Asks", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+def in_time(ask: Asks) -> Asks:
+    """A method of Service that has `limits.seconds` for all its steps together, then 504."""
+
+    @wraps(ask)
+    async def limited(service: "Service", *args: Any) -> Any:
+        seconds = service.limits.seconds
+        try:
+            return await asyncio.wait_for(ask(service, *args), seconds)
+        except asyncio.TimeoutError:
+            raise Refusal(504, f"no answer within {seconds:g} s; ask again, or for less") from None
+
+    return cast(Asks, limited)
 
 
 @dataclass(frozen=True)
@@ -60,66 +75,66 @@ class Service:
     def health(self) -> dict[str, Any]:
         """What /healthz tells."""
         facts = self.searcher.table.facts
-        return {"status": "ok", "rows": facts.rows, "products": facts.products, "model": self.model.source}
+        return {"status": "ok", "rows": facts.rows, "products": facts.products, "model": Path(self.model.source).name}
 
+    @in_time
     async def facets(self) -> dict[str, Any]:
         """What can be filtered by."""
-        return await self._in_time(asyncio.to_thread(self.searcher.facets))
+        return await asyncio.to_thread(self.searcher.facets)
 
+    @in_time
     async def thumbnail(self, image_id: str) -> bytes:
         """JPEG. Refusal 404 for an id that no row has."""
         return bytes((await self._row(image_id, ["thumbnail"]))["thumbnail"])
 
+    @in_time
     async def search(self, query: Query) -> Answer:
         """The answer to a question whose image, if it has one, is bytes."""
         photo = None
         if isinstance(query.image, bytes):
-            photo = await self._wait(self.decoders.decode(query.image, query.box, margin=MARGIN))
+            photo = await asyncio.wrap_future(self.decoders.decode(query.image, query.box, margin=MARGIN))
         try:
-            prepared = await self._in_time(asyncio.to_thread(self.searcher.prepare, query, photo))
+            prepared = await asyncio.to_thread(self.searcher.prepare, query, photo)
+        except UnreadableIndex:
+            raise
         except ValueError as error:
-            raise Refusal(422, str(error)) from None
-        return await self._wait(self.batcher.submit(prepared))
+            # What lacks in the index is said of it by its place, which is no client's business.
+            raise Refusal(422, str(error).replace(f"{self.searcher.table.index}: ", "")) from None
+        return await asyncio.wrap_future(self.batcher.submit(prepared))
 
+    @in_time
     async def locate(self, place: Place, limit: int) -> Located:
         """Where in a picture of the index, or in a photo, is what words or an exemplar name."""
         if place.photo is not None:
-            picture = await self._wait(self.decoders.decode(place.photo))
+            picture = await asyncio.wrap_future(self.decoders.decode(place.photo))
             size = picture.size
         else:
             row = await self._row(place.id or "", ["thumbnail", "width", "height"])
-            picture = await self._wait(self.decoders.decode(bytes(row["thumbnail"])))
+            picture = await asyncio.wrap_future(self.decoders.decode(bytes(row["thumbnail"])))
             size = row["width"], row["height"]
         exemplar = None
         if place.exemplar is not None:
-            exemplar = await self._wait(self.decoders.decode(place.exemplar, place.box, margin=MARGIN))
+            exemplar = await asyncio.wrap_future(self.decoders.decode(place.exemplar, place.box, margin=MARGIN))
         work = partial(self._regions, picture, size, place.words, exemplar, limit)
-        return Located(size, await self._wait(self.batcher.call(work)))
+        return Located(size, await asyncio.wrap_future(self.batcher.call(work)))
 
+    @in_time
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """(m, D) unit vectors."""
-        return await self._wait(self.batcher.call(lambda: self.model.embed_texts(texts)))
+        return await asyncio.wrap_future(self.batcher.call(lambda: self.model.embed_texts(texts)))
 
+    @in_time
     async def embed_photos(self, photos: Sequence[bytes], prompts: Sequence[str]) -> Vectors:
         """(n, D) unit vectors, of the whole photos or, with as many prompts, of what those name."""
         # Decoded one after another: one client's photos leave decoders to others.
-        pixels = [await self._wait(self.decoders.decode(photo)) for photo in photos]
-        return await self._wait(self.batcher.call(lambda: self._embed(pixels, prompts)))
+        pixels = [await asyncio.wrap_future(self.decoders.decode(photo)) for photo in photos]
+        return await asyncio.wrap_future(self.batcher.call(lambda: self._embed(pixels, prompts)))
 
     async def _row(self, image_id: str, columns: list[str]) -> dict[str, Any]:
         try:
-            return await self._in_time(asyncio.to_thread(self.searcher.table.find, image_id, columns))
+            return await asyncio.to_thread(self.searcher.table.find, image_id, columns)
         except NoSuchImage:
             raise Refusal(404, f"no image {image_id[:100]!r} in the index") from None
-
-    async def _wait(self, future: "Future[T]") -> T:
-        return await self._in_time(asyncio.wrap_future(future))
-
-    async def _in_time(self, work: Awaitable[T]) -> T:
-        try:
-            return await asyncio.wait_for(work, self.limits.seconds)
-        except asyncio.TimeoutError:
-            raise Refusal(504, f"no answer within {self.limits.seconds:g} s; ask again, or for less") from None
 
     @torch.inference_mode()
     def _regions(
@@ -131,10 +146,7 @@ class Service:
         else:
             # Not `prompt_features`, which asks the file system whether a text names a file.
             prompt, modality = self.model.text_features([words or ""]), TEXT
-        if encoder.has_decoder:
-            maps = encoder.instances(encoded, prompt, modality).maps
-        else:
-            maps = encoder.cosine_maps(encoded, prompt)
+        maps = encoder.maps(encoded, prompt, modality)
         area = (0.0, 0.0, float(size[0]), float(size[1]))
         return regions_of(self.model, maps[0].float().cpu().numpy(), area, limit=limit)
 

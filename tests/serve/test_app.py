@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from eclip.inference import read_picture
-from eclip.search.query import Query
+from eclip.search.query import Query, UnreadableIndex
 from eclip.search.query.asking import MARGIN
 from eclip.serve.app import PAGE
 from eclip.serve.docs import describe
@@ -246,6 +247,34 @@ def test_a_request_that_takes_too_long_is_given_up(
     assert blocked.result(20)
     monkeypatch.undo()
     good(client.post("/search", json={"words": "x"}))
+
+
+def test_all_steps_of_a_request_have_one_limit(
+    client: Any, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = service.decoders.decode
+
+    def slow(*given: Any, **more: Any) -> Any:
+        time.sleep(0.15)
+        return decode(*given, **more)
+
+    monkeypatch.setattr(service.decoders, "decode", slow)
+    monkeypatch.setattr(service, "limits", dataclasses.replace(LIMITS, seconds=0.3))
+    photos = [("photos", photo(20, 20))] * 3
+    refused(client.post("/embed", files=photos), 504, "no answer within 0.3 s")
+
+
+def test_a_damaged_index_is_the_servers_fault(
+    client: Any, service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone(*_: Any) -> None:
+        raise UnreadableIndex("/srv/index: the index cannot be read (gone)")
+
+    monkeypatch.setattr(service.searcher, "prepare", gone)
+    monkeypatch.setattr(service.searcher.table, "find", gone)
+    for answer in (client.post("/search", json={"words": "x"}), client.get(f"/thumbnails/{ID}")):
+        refused(answer, 500, "an error of the server's")
+        assert "/srv" not in answer.text and "/srv/index" in caplog.text
 
 
 def test_the_pixels_of_a_box_have_the_searchers_margin(service: Service) -> None:

@@ -45,6 +45,7 @@ def ask(
     stalls: bool = False,
     read: list[int] | None = None,
     guard: Guard | None = None,
+    query_string: bytes = b"",
     **headers: str,
 ) -> tuple[int, dict[str, str], Any]:
     """Status, headers and body of one request; parts: of its body; then the client may leave or stall."""
@@ -68,6 +69,7 @@ def ask(
     scope = {
         "type": "http",
         "method": method,
+        "query_string": query_string,
         "path": path,
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in told.items()],
     }
@@ -162,8 +164,9 @@ def test_a_refusal_is_one_line_with_its_headers() -> None:
 
 def test_a_line_for_each_request_without_what_was_asked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "eclip.serve")
-    ask(path="/thumbnails/a\nGET /forged 200", query_string="words=secret")
+    ask(path="/thumbnails/a\nGET /forged 200", query_string=b"words=secret")
     ask(leaves=True)
     first, second = caplog.messages
     assert first.startswith("POST /thumbnails/a%0AGET%20/forged%20200 200 ") and first.endswith(" ms")
+    assert "secret" not in caplog.text
     assert second.startswith("POST /search gone ")

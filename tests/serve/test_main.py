@@ -44,7 +44,7 @@ def test_a_start_that_cannot_be_is_one_line(
     code, told = error(capsys, "--index", nowhere, "--port", "70000")
     assert code == 2 and told == "error: --port 70000: use 0 to 65535\n"
     code, told = error(capsys, "--index", nowhere, "--timeout", "0")
-    assert code == 2 and told == "error: --timeout 0.0: use more than 0\n"
+    assert code == 2 and told == "error: --timeout 0.0: use more than 0 and less than a million\n"
     code, _ = error(capsys, "--index", nowhere, "--host", "no.such.host.invalid")
     assert str(code).startswith("error: --host no.such.host.invalid: no address of this machine")
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -52,7 +52,7 @@ def test_a_start_that_cannot_be_is_one_line(
         code, _ = error(capsys, "--index", nowhere, "--port", str(port))
         assert code == f"error: --port {port} of 127.0.0.1: Address already in use; take another one, or --port 0"
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ValueError, match=r'eclip serve needs the package uvicorn: pip install "eclip\[serve\]"'):
+    with pytest.raises(ValueError, match=r'eclip serve needs the package uvicorn: pip install -e ".\[serve\]"'):
         serve(Arguments(index=nowhere))
 
 

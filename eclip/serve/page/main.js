@@ -124,7 +124,6 @@ function showAnswer(asked, answer, milliseconds, more) {
   const kept = more ? byId("hits").children.length : 0;
   byId("hits").replaceChildren(...cards);
   if (kept) cards[kept]?.querySelector("button").focus();
-  else byId("hits").scrollTop = 0;
   const line = headline(asked, hits.length, limit);
   byId("headline").textContent = line;
   byId("subline").textContent = hits.length ? `${(milliseconds / 1000).toFixed(2)} s` : "";
@@ -170,10 +169,10 @@ function showFailure(error) {
   announce(`No answer. ${error.message}`);
 }
 
-async function takePhoto(file, words = query.words) {
+async function takePhoto(file) {
   try {
     const photo = await readPhoto(file);
-    change({ photo, box: null, words });
+    change({ photo, box: null });
   } catch (error) {
     notice({ kind: "error", text: error.message });
     announce(error.message);

@@ -1,5 +1,5 @@
 // Photos in: chosen, taken, dropped or pasted; made upright, and smaller where a camera's pixels would only cost time.
-// The preview is a canvas: a page whose policy is `default-src 'self'` may not show a blob: address.
+// The preview is a canvas: the server's policy shows pictures of its own alone, no blob: address.
 
 import { byId } from "./dom.js";
 
