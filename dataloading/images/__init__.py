@@ -9,13 +9,14 @@ The way of an image: bytes -> header -> pixels -> sRGB, or a CorruptImageError t
     headers.py    `plain`: is this an image that every decoder, DALI's too, shows alike?
 """
 
-from .corrupt import CorruptImageError, check_pixels, rejecting
+from .corrupt import MAX_PIXELS, CorruptImageError, check_pixels, rejecting
 from .crop import inside_image, resize_box, widen
 from .decode import OpenedImage, open_image, upright_rgb
 from .encode import MIN_SIDE, encode_image, file_formats, read_image_file
 from .headers import plain, plain_bytes
 
 __all__ = [
+    "MAX_PIXELS",
     "MIN_SIDE",
     "CorruptImageError",
     "OpenedImage",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from eclip.dataloading.images import MAX_PIXELS
 from eclip.presets import one_line_errors
 from eclip.serve.limits import LOCAL, MEGABYTE, Limits
 
@@ -58,6 +59,9 @@ class Arguments:
             if not 0 < getattr(self, name) < 1e6:
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise ValueError(f"{flag}: use more than 0 and less than a million")
+        if self.max_megapixels > MAX_PIXELS / 1e6:
+            given, most = f"--max-megapixels {self.max_megapixels:g}", f"{MAX_PIXELS / 1e6:g}"
+            raise ValueError(f"{given}: nothing above {most} is decoded; use {most} at most")
         if not 0 <= self.batch_window <= 1000:
             raise ValueError(f"--batch-window {self.batch_window}: use 0 to 1000 milliseconds")
 

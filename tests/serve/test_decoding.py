@@ -61,8 +61,10 @@ def test_what_cannot_be_decoded_is_said_in_one_line(pool: DecodePool) -> None:
 
 
 def test_a_bomb_is_refused_by_its_header(pool: DecodePool) -> None:
-    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 99))
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for chunk in chunks:
+        bomb += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     refused = refusal(pool, bomb)
     assert refused.status == 422 and "more than 80 megapixels" in refused.message
     large = refusal(pool, photo(600, 400))
