@@ -2,10 +2,12 @@
 
     OUT            as it was, until all of it is there
     OUT.partial    while it is being written; of a killed export when nobody writes
+    .OUT.old-*     the earlier export, for as long as two renames take
 """
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +20,8 @@ from eclip.training.checkpoint.run_folder import is_run
 from eclip.weights.exported import CONFIG, TOKENIZER, WEIGHTS, is_exported
 
 CARD, TOWERS, ONNX = "README.md", "towers", "onnx"
-_OWN = {CONFIG, WEIGHTS, TOKENIZER, CARD, TOWERS, ONNX}
-_LOCK, _OLD = ".lock", ".old"
+_LOCK = ".lock"
+_OWN = {CONFIG, WEIGHTS, TOKENIZER, CARD, TOWERS, ONNX, _LOCK}
 
 
 def check_place(out: Path, run_dir: Path, *, overwrite: bool) -> None:
@@ -29,6 +31,9 @@ def check_place(out: Path, run_dir: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--out {out}: a run's folder; choose one of its own for the export")
     if out.is_symlink() and not out.exists():
         raise ValueError(f"--out {out}: a link to {os.readlink(out)}, which is not there; choose another --out")
+    partial = out.resolve().with_name(out.resolve().name + PARTIAL)
+    if partial.exists() and not (partial / _LOCK).exists() and (not partial.is_dir() or any(partial.iterdir())):
+        raise ValueError(f"{partial}: in the way, and no export wrote it; move it away or choose another --out")
     if not out.exists():
         return
     if not out.is_dir():
@@ -77,20 +82,19 @@ def _empty(partial: Path) -> None:
 
 
 def _place(partial: Path, out: Path) -> None:
-    (partial / _LOCK).unlink()
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync_folder(folder)
-    old = out.with_name(out.name + _OLD)
-    replaces = out.exists()
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) if out.exists() else None
     try:
+        if old is not None:
+            out.rename(old)  # onto an empty folder
         partial.rename(out)
     except OSError:
-        if replaces:
+        if old is not None and not out.exists():
             with suppress(OSError):
                 old.rename(out)
         raise
+    (out / _LOCK).unlink()
     sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

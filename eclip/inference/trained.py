@@ -3,9 +3,9 @@
 Letters: n images, m texts, D embedding width, g patches along a side.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +73,18 @@ class TrainedModel:
         if prompts is not None and not wanted:
             raise ValueError("instance=False with prompts: a prompt asks for an instance; leave one of the two out")
         asked = None if prompts is None else self.prompt_features(prompts, len(pictures), batch_size)
+        return self._embed(pictures, asked, boxes, batch_size, wanted=wanted)
+
+    def _embed(
+        self,
+        pictures: Sequence[Picture],
+        asked: tuple[Tensor, int] | None,
+        boxes: Sequence[Box | None] | None,
+        batch_size: int,
+        *,
+        wanted: bool,
+    ) -> Vectors:
+        """asked: features and modality of a prompt each; wanted: instances, not global embeddings."""
         rows: list[Tensor] = []
         for start, encoded in self._encode(pictures, boxes, batch_size):
             if not wanted:
@@ -100,13 +112,15 @@ class TrainedModel:
         """
         if kind not in ("instance", "instance+text", "global+text"):
             raise ValueError(f"kind={kind!r}: use 'instance', 'instance+text' or 'global+text'")
-        names = _as_list(titles, "titles", "a title")
-        visual = self.embed_images(images, None if kind == "global+text" else names, batch_size=batch_size)
-        if len(names) != len(visual):
-            raise ValueError(f"{len(visual)} images and {len(names)} titles: give one title for each image")
+        pictures, names = _as_list(images, "images", "an image"), _as_list(titles, "titles", "a title")
+        if len(names) != len(pictures):
+            raise ValueError(f"{len(pictures)} images and {len(names)} titles: give one title for each image")
+        features = self.text_features(names) if names else torch.empty(0)
+        wanted = kind != "global+text"
+        visual = self._embed(pictures, (features, TEXT) if wanted else None, None, batch_size, wanted=wanted)
         if kind == "instance":
             return visual
-        both = torch.from_numpy(visual + self.embed_texts(names))
+        both = torch.from_numpy(visual) + F.normalize(features, dim=-1).float().cpu()
         return _numpy(F.normalize(both, dim=-1))
 
     def locate(
@@ -124,6 +138,8 @@ class TrainedModel:
         (brought to [0, 1]) into regions; None: the one that the run's evaluation chose, else 0.5. A region says where
         the prompt fits best, not whether it is there at all: `match` does.
         """
+        if box is not None and isinstance(prompt, str):
+            raise ValueError(f"box={box} with a text: it is the part of an exemplar image that is meant; leave it out")
         cut = self.threshold if threshold is None else threshold
         if not 0 <= cut < 1:
             raise ValueError(f"threshold={threshold}: a share of the map's range, 0 <= threshold < 1")
@@ -204,7 +220,7 @@ class TrainedModel:
         if len(texts) != len(listed):
             raise ValueError("prompts of texts and images together: ask in two calls")
         for text in texts:
-            if len(text) < 1000 and "\0" not in text and Path(text).is_file():
+            if os.path.isfile(text):  # False for what can be no path: Path.is_file raises for a long text
                 raise ValueError(f"prompt {text!r} names a file, and a str is a text; give Path({text!r}) to show it")
         return self.text_features(texts), TEXT
 

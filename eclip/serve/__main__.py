@@ -13,6 +13,7 @@ import tyro
 
 from eclip.dataloading.images import MAX_PIXELS
 from eclip.presets import one_line_errors
+from eclip.serve.guard import hostname
 from eclip.serve.limits import LOCAL, MEGABYTE, Limits
 
 _BACKLOG = 2048
@@ -62,6 +63,9 @@ class Arguments:
         if self.max_megapixels > MAX_PIXELS / 1e6:
             given, most = f"--max-megapixels {self.max_megapixels:g}", f"{MAX_PIXELS / 1e6:g}"
             raise ValueError(f"{given}: nothing above {most} is decoded; use {most} at most")
+        for name in self.allow_host:
+            if not hostname(name):
+                raise ValueError(f"--allow-host {name!r}: a name is wanted, such as shop.example, without http://")
         if not 0 <= self.batch_window <= 1000:
             raise ValueError(f"--batch-window {self.batch_window}: use 0 to 1000 milliseconds")
 
@@ -152,7 +156,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _hosts(arguments: Arguments) -> set[str] | None:
-    named = {name.lower() for name in arguments.allow_host}
+    named = {hostname(name) for name in arguments.allow_host}
     if arguments.host in LOCAL:
         return {*LOCAL, *named}
     return {*LOCAL, *named} if named else None

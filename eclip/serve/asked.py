@@ -26,16 +26,20 @@ def read_query(fields: Fields, limits: Limits) -> Query:
             price_min=fields.number("price_min"),
             price_max=fields.number("price_max"),
         )
+        limit = fields.integer("limit", 10, 1, limits.hits)
+        locate = fields.switch("locate") if fields.one("locate") is not None else None
+        if locate and limit > limits.located:
+            raise Refusal(422, f"locate with limit={limit}: words are looked for in at most {limits.located} pictures")
         return Query(
             words=words,
             image=photo,
             box=box,
             filters=filters,
-            limit=fields.integer("limit", 10, 1, limits.hits),
+            limit=limit,
             hybrid=fields.switch("hybrid"),
             rerank=fields.integer("rerank", 0, 0, limits.rerank),
             fold=fields.switch("fold") if fields.one("fold") is not None else True,
-            locate=fields.switch("locate") if fields.one("locate") is not None else None,
+            locate=locate,
         )
     except ValueError as error:
         raise Refusal(422, str(error)) from None

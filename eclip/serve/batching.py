@@ -87,7 +87,7 @@ class Batcher(Generic[Asked, Answered]):
             try:
                 answers = self._answer([item.question for item in taken])
                 assert len(answers) == len(taken)
-            except Exception:
+            except BaseException:  # a panic of a Rust library is no Exception, and this thread has no successor
                 # One of them fails the others: alone each gets its own answer or error.
                 for item in taken:
                     _settle(item.future, partial(self._alone, item.question))
@@ -131,5 +131,5 @@ def _settle(future: "Future[Any]", compute: Callable[[], Any]) -> None:
     """Give a future its result, or its error."""
     try:
         future.set_result(compute())
-    except Exception as error:
-        future.set_exception(error)
+    except BaseException as error:
+        future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))

@@ -65,7 +65,7 @@ def _inputs(limits: Limits) -> dict[str, tuple[str, dict[str, Any], dict[str, An
         "hybrid": _value("boolean", "the words by full text on titles, too", default=False),
         "rerank": _value("integer", f"0, or of limit to {limits.rerank} first hits, by the matching head", default=0),
         "fold": _value("boolean", "a product once, by its best image", default=True),
-        "locate": _value("boolean", "look for the words in every picture that is shown"),
+        "locate": _value("boolean", f"look for the words in every picture that is shown, of at most {limits.located}"),
     }
     answer = {
         "hits": _list(_HIT),

@@ -16,7 +16,7 @@ from eclip.serve.limits import Limits, Refusal, busy
 
 LOG = logging.getLogger("eclip.serve")
 HEADERS = (
-    # The page needs no other host, ever; thumbnails are its own, a dropped photo is shown from a blob.
+    # The page needs no other host, ever; thumbnails are its own, photos are drawn into a canvas.
     (b"content-security-policy", b"default-src 'self'; img-src 'self'; object-src 'none'; base-uri 'none'; "
      b"form-action 'self'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -54,12 +54,17 @@ class Guard:
         A name that was pointed at this machine (DNS rebinding) shows in Host, another site's script or form in Origin.
         """
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.hosts is not None and _hostname(host) not in self.hosts:
-            raise Refusal(400, f"host {_shown(host)} is not served here; eclip serve --allow-host NAME adds one")
+        if self.hosts is not None and hostname(host) not in self.hosts:
+            name = hostname(host) or host
+            raise Refusal(400, f"host {_shown(name)} is not served here; eclip serve --allow-host NAME adds one")
         origin = headers.get(b"origin", b"").decode("latin-1")
         place = origin.partition("://")[2]
-        if origin and place.lower() != host.lower() and _hostname(place) not in (self.hosts or ()):
-            raise Refusal(403, f"a page of {_shown(origin)} may not ask this server")
+        if origin and place.lower() != host.lower() and hostname(place) not in (self.hosts or ()):
+            raise Refusal(
+                403,
+                f"a page of {_shown(origin)} may not ask this server, which is called {_shown(host)} here; behind a "
+                f"proxy let it pass Host on, or give eclip serve --allow-host for both names",
+            )
 
 
 class _Exchange:
@@ -157,10 +162,10 @@ class _Exchange:
             return
 
 
-def _hostname(host: str) -> str:
-    """Of a Host header: without its port, and an IPv6 address without its brackets."""
+def hostname(host: str) -> str:
+    """Of a Host header: without its port, and an IPv6 address without its brackets. "" for what is none."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return (urlsplit(f"//{host}").hostname or "") if "/" not in host else ""
     except ValueError:
         return ""
 

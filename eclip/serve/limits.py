@@ -19,6 +19,8 @@ class Limits:
     field_bytes: int = 64 * 1024
     """Of a form's field that is no file."""
     fields: int = 64
+    located: int = 20
+    """Hits of a question that has the words looked for in each: 0.08 s of a core a hit, and the model waits for it."""
     pixels: int = 50_000_000
     """Of a photo: what the cameras of telephones make."""
     photos: int = 32

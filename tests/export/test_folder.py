@@ -73,12 +73,26 @@ def test_a_killed_export_is_cleared_and_a_living_one_is_left_alone(tmp_path: Pat
     out, partial = tmp_path / "out", tmp_path / f"out{PARTIAL}"
     (partial / "towers").mkdir(parents=True)
     (partial / "model.safetensors").write_text("half")
+    (partial / ".lock").touch()
     write(out, "one")
     assert sorted(contents(out)) == ["inner", "inner/file"]
     partial.mkdir()
     with alone(partial / ".lock"), pytest.raises(ValueError, match="another export writes it now .process"):
         write(out, "two")
     assert contents(out)["inner/file"] == b"one"
+
+
+def test_neighbours_are_left_alone(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "backup").touch()
+    write(tmp_path / "out", "one")
+    write(tmp_path / "out", "two")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.old"] and os.listdir(tmp_path / "out.old") == ["backup"]
+    theirs = tmp_path / f"other{PARTIAL}"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    with pytest.raises(ValueError, match="in the way, and no export wrote it"):
+        check_place(tmp_path / "other", finished, overwrite=True)
 
 
 def test_a_linked_folder_stays_a_link(tmp_path: Path) -> None:

@@ -40,6 +40,18 @@ def test_one_alone_is_a_row(model: TrainedModel) -> None:
     assert_unit(model.embed_images(np.stack([picture, picture])), 2, model)  # an array of images
 
 
+def test_long_texts_and_titles_like_file_names(
+    model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text longer than a file's name may be is no OSError, and a title is a title."""
+    picture = photos(1)[0]
+    for text in ("x" * 300, "\u6c99\u53d1" * 80, "a\0b"):
+        assert model.locate(picture, text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Makefile").touch()
+    assert_unit(model.embed_products([picture], ["Makefile"]), 1, model)
+
+
 def test_many_are_any_iterable(model: TrainedModel, tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, picture in zip(paths, photos(3), strict=True):
@@ -141,6 +153,7 @@ def test_what_is_wrong_is_told_in_one_line(model: TrainedModel, tmp_path: Path) 
         (lambda: model.embed_products([good], ["a"], kind="both"), ValueError, "kind='both'"),  # type: ignore[arg-type]
         (lambda: model.embed_products([good], ["a", "b"], kind="global+text"), ValueError, "1 images and 2 titles"),
         (lambda: model.locate(good, ""), ValueError, "empty"),
+        (lambda: model.locate(good, "a", box=(0, 0, 9, 9)), ValueError, "part of an exemplar"),
         (lambda: model.locate(good, "a", threshold=1), ValueError, "threshold=1"),
         (lambda: model.locate(good, "a", limit=0), ValueError, "limit=0"),
     ]

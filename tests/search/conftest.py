@@ -26,6 +26,7 @@ def product(number: int, *, images: int = 4) -> tuple[Product, list[bytes]]:
     records = tuple(ImageRecord(file=f"{i:03d}.jpg", source=("detail", "customer")[i % 2]) for i in range(images))
     price = {} if number % 4 == 0 else {"price": float(10 * number)}
     attributes = {"colour": COLOURS[number % 3], "maker": QUOTED if number == 5 else "us", **price}
+    attributes |= {"seats": 5 if number == 5 else 2, "folding": number == 5}
     category = QUOTED if number % 6 == 5 else "things"
     made = Product(
         key=f"k{number:03d}",

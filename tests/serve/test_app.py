@@ -115,6 +115,10 @@ def test_filters(client: Any) -> None:
     refused(unknown, 422, "'nowhere'")
 
 
+def test_words_are_looked_for_in_few_pictures(client: Any) -> None:
+    refused(client.post("/search", json={"words": "x", "locate": True, "limit": 21}), 422, "at most 20 pictures")
+
+
 def test_locate(client: Any, service: Service) -> None:
     told = good(client.post("/locate", json={"id": ID, "words": "red"}))
     regions = service.searcher.locate(ID, "red")

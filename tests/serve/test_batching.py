@@ -95,6 +95,24 @@ def test_other_work_keeps_its_turn(model: Model, batcher: Batcher[int, int]) -> 
         fails.result(10)
 
 
+def test_a_panic_ends_a_question_and_not_the_thread() -> None:
+    class Panic(BaseException):
+        pass
+
+    def answer(questions: list[str]) -> list[str]:
+        if "bad" in questions:
+            raise Panic("oh")
+        return questions
+
+    batcher: Batcher[str, str] = Batcher(answer, most=4, pending=9)
+    bad, work = batcher.submit("bad"), batcher.call(lambda: answer(["bad"]))
+    for future in (bad, work):
+        with pytest.raises(RuntimeError, match="oh"):
+            future.result(10)
+    assert batcher.submit("good").result(10) == "good"
+    batcher.close()
+
+
 def test_a_window_waits_for_more(model: Model) -> None:
     model.may.set()
     batcher = Batcher(model.answer, most=3, window=10.0)

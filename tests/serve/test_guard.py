@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eclip.serve.guard import App, Guard, Message, Receive, Send
+from eclip.serve.guard import App, Guard, Message, Receive, Send, hostname
 from eclip.serve.limits import Limits, Refusal
 
 LIMITS = Limits(upload_bytes=1000, held_bytes=1500, upload_seconds=0.2)
@@ -139,6 +139,13 @@ def test_a_slow_upload_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_hosts_and_other_sites(host: str, origin: str, status: int) -> None:
     assert ask(host=host, **({"origin": origin} if origin else {}))[0] == status
+
+
+def test_the_name_that_a_refusal_shows_is_the_one_to_allow() -> None:
+    _, _, body = ask(host="shop.example:8000")
+    name = body["error"].split("'")[1]
+    assert ask(host="shop.example:8000", hosts=(hostname(name),))[0] == 200
+    assert [hostname(text) for text in ("shop.example:80", "[::1]", "https://x", "")] == ["shop.example", "::1", "", ""]
 
 
 def test_every_host_where_all_are_served_but_not_other_sites_pages() -> None:

@@ -45,6 +45,8 @@ def test_a_start_that_cannot_be_is_one_line(
     assert code == 2 and told == "error: --port 70000: use 0 to 65535\n"
     code, told = error(capsys, "--index", nowhere, "--timeout", "0")
     assert code == 2 and told == "error: --timeout 0.0: use more than 0 and less than a million\n"
+    code, told = error(capsys, "--index", nowhere, "--allow-host", "https://shop.example")
+    assert code == 2 and "--allow-host 'https://shop.example': a name is wanted" in told
     code, told = error(capsys, "--index", nowhere, "--max-megapixels", "100")
     assert code == 2 and told == "error: --max-megapixels 100: nothing above 80 is decoded; use 80 at most\n"
     code, _ = error(capsys, "--index", nowhere, "--host", "no.such.host.invalid")

@@ -6,6 +6,8 @@ that two catalogues have the same rows in the same order, so that work that was 
 
 import hashlib
 import json
+import os
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eclip.dataloading.errors import Rejection
-from eclip.dataloading.images import read_image_file
+from eclip.dataloading.images import CorruptImageError, read_image_file
 from eclip.dataloading.packing import Draft, ImageFolder, gather
 from eclip.dataloading.shards import ShardIndex
 from eclip.dataloading.tables import open_table
@@ -120,8 +122,10 @@ class TableCatalogue:
         if not drafts:
             raise ValueError(f"{table}: no product left ({len(self.rejected)} rows rejected)")
         self._rows = list(_unique(drafts))
-        self.name = f"{table.resolve()} and {images.resolve()}"
-        self.fingerprint = _digest(["table", str(images.resolve()), [_facts(*row) for row in self._rows]])
+        self.name = _shown(f"{table.resolve()} and {images.resolve()}")
+        # Size and time of each file: a photo that was replaced or repaired makes another catalogue.
+        facts = [[*_facts(*row), *self._stat(row[2][0])] for row in self._rows]
+        self.fingerprint = _digest(["table", str(images.resolve()), facts])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -136,7 +140,7 @@ class TableCatalogue:
                 title=title or product.title,
                 category=product.category,
                 attributes=dict(product.attributes),
-                image=str(self.folder.folder.resolve() / path),
+                image=_shown(str(self.folder.folder.resolve() / path)),
                 source=source,
                 read=partial(self._read, path),
             )
@@ -144,24 +148,41 @@ class TableCatalogue:
     def _read(self, path: str) -> bytes:
         return read_image_file(self.folder.locate(path))
 
+    def _stat(self, path: str) -> tuple[int, int]:
+        """Bytes and modification time (ns) of a file, -1 for one that is not there."""
+        try:
+            found = self.folder.locate(path).stat()
+        except (OSError, CorruptImageError):
+            return -1, -1
+        return found.st_size, found.st_mtime_ns
+
 
 _Image = tuple[str, str, str, str]
 """path, sku, source, title."""
 
 
 def _unique(drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft, _Image]]:
-    """Each image with its id; one that a product lists several times, with other facts, is numbered."""
+    """Each image with its id; one that a product lists several times, with other facts, is numbered.
+
+    The id is part of a thumbnail's address, and browsers take "./" out of one.
+    """
     for draft in drafts:
         seen: dict[str, int] = {}
         for image in draft.images:
-            count = seen[image[0]] = seen.get(image[0], 0) + 1
-            name = f"{draft.product.key}/{image[0]}"
+            path = posixpath.normpath(image[0])
+            count = seen[path] = seen.get(path, 0) + 1
+            name = f"{draft.product.key}/{path}"
             yield (name if count == 1 else f"{name}#{count}"), draft, image
 
 
 def _facts(name: str, draft: Draft, image: _Image) -> list[Any]:
     product = draft.product
     return [name, product.product, product.title, product.category, dict(product.attributes), *image]
+
+
+def _shown(path: str) -> str:
+    """A path as text that UTF-8 has, its other bytes escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _digest(facts: Any) -> str:

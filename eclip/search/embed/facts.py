@@ -73,11 +73,20 @@ def price(attributes: Mapping[str, Any]) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
-        return float(value) if 0 <= value < math.inf else None
+        return _amount(value)
     match = _PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return None
     amount = match[1]
     if re.search(r",\d{2}$", amount):
         amount = amount.replace(".", "").replace(",", ".")
-    return float(amount.replace(",", ""))
+    return _amount(amount.replace(",", ""))
+
+
+def _amount(value: str | int | float) -> float | None:
+    """None for what is negative, infinite or none that a float can hold."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if 0 <= number < math.inf else None

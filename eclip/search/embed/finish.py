@@ -5,6 +5,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,9 +73,10 @@ def narrowing(parts: Parts, model: TrainedModel, dim: int | None) -> tuple[Narro
 
 
 def matrix(column: Any) -> NDArray[np.float32]:
-    """(n, D) of a column of vectors."""
+    """(n, D) of a column of vectors; n may be 0: of a part no image may be readable."""
     whole = column.combine_chunks()
-    return np.asarray(whole.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(whole), -1)
+    flat = np.asarray(whole.flatten().to_numpy(zero_copy_only=False), np.float32)
+    return flat.reshape(len(whole), column.type.list_size)
 
 
 def make_schema(
@@ -93,7 +95,7 @@ def make_schema(
     dim = encoder.embed_dim if narrow is None else narrow.dim
     record = {
         "format": FORMAT,
-        "model": model.source,
+        "model": str(Path(model.source).resolve()),  # whoever serves starts in another folder
         "fingerprint": encoder.fingerprint,
         "embed_dim": encoder.embed_dim,
         "image_size": encoder.image_size,

@@ -82,6 +82,9 @@ class Parts:
         Raises ValueError for the work of another model, catalogue or other settings unless it may be overwritten.
         """
         known = self._known()
+        foreign = sorted(self.folder.glob("part-*")) if known is None else [self.folder / MANIFEST]
+        if foreign and (known is None or (known and "data fingerprint" not in known)):
+            raise ValueError(f"{foreign[0]}: no embedding wrote this; move it away or choose another folder")
         if known is not None and known != self.manifest:
             if not overwrite:
                 other = _difference(known, self.manifest)

@@ -1,8 +1,8 @@
 """From finished parts to a complete index: a LanceDB table, streamed, with its indexes, that appears when it is whole.
 
-In a folder the table is made in OUT/work/database and takes its place by a rename: what was there before is searched
-until then. A database that is named by an address knows no rename: there the table is replaced in one commit, and its
-indexes follow.
+In a folder the table is made in OUT/.eclip-embed/database and takes its place by a rename: what was there before is
+searched until then. A database that is named by an address knows no rename: there the table is replaced in one commit,
+and its indexes follow.
 """
 
 import os
@@ -23,8 +23,8 @@ from eclip.search.embed.schema import TABLE, need, record_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-WORK = "work"
-"""Folder in an index that is being made; it goes when all is done."""
+WORK = ".eclip-embed"
+"""Folder in an index that is being made; it goes when all is done. Nobody else has one of this name."""
 _OLD = f"{TABLE}.old"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BUSY = "{}: being written now ({{holder}}); wait for it or choose another --out"

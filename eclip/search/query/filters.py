@@ -24,9 +24,14 @@ def has_source(name: str) -> str:
     return f"source = {quoted(name)}"
 
 
-def has_attribute(name: str, value: str) -> str:
+def has_attribute(name: str, value: str | int | bool) -> str:
     """Rows of which an attribute has this value."""
-    return f"array_has(facets, {quoted(f'{name}={value}')})"
+    return f"array_has(facets, {quoted(f'{name}={_as_facet(value)}')})"
+
+
+def _as_facet(value: str | int | bool) -> str:
+    """As eclip embed writes it."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def predicate(filters: Filters) -> str | None:
@@ -60,7 +65,7 @@ def check_names(filters: Filters, count: Callable[[str], int], facets: Callable[
         if name not in known:
             raise ValueError(f"no attribute {name!r} in the catalogue{_near(name, known)}")
         values = [entry["value"] for entry in known[name]]
-        raise ValueError(f"attribute {name!r} is never {value!r} in the catalogue{_near(value, values)}")
+        raise ValueError(f"attribute {name!r} is never {value!r} in the catalogue{_near(_as_facet(value), values)}")
     if (filters.price_min is not None or filters.price_max is not None) and not count("price IS NOT NULL"):
         raise ValueError("the catalogue has no prices: leave price_min and price_max out")
 

@@ -15,8 +15,8 @@ class Filters:
     """Which rows may answer: all that is given must hold. Names are compared as they are written in the catalogue."""
 
     category: str | None = None
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    """Name to value, {"color": "red"}."""
+    attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """Name to value, {"color": "red"}; True is "yes", as the catalogue's facets have it."""
     source: str | None = None
     """Kind of the image: customer, detail, ..."""
     price_min: float | None = None
@@ -32,9 +32,13 @@ class Filters:
             raise ValueError(f"price_min={self.price_min} above price_max={self.price_max}: no price lies there")
         for name in ("category", "source"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name}={value!r}: a text is wanted")
             if value is not None and not value.strip():
                 raise ValueError(f"{name}={value!r} is blank: leave it out, or name one")
         for attribute, value in self.attributes.items():
+            if not isinstance(value, str | int):
+                raise TypeError(f"attribute {attribute!r}={value!r}: a text, a whole number or a bool is wanted")
             if not attribute.strip():
                 raise ValueError(f"attribute {attribute!r}={value!r}: its name is blank")
 

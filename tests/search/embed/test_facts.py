@@ -34,6 +34,10 @@ def test_prices_are_read_where_they_can_be_told(value: Any, number: float | None
     assert price({"Price": value}) == number
 
 
+def test_a_price_that_no_number_holds() -> None:
+    assert price({"price": 10**400}) is None and price({"price": "9" * 400}) is None
+
+
 def test_no_price_is_none() -> None:
     assert price({}) is None
 

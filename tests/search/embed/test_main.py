@@ -9,6 +9,7 @@ import pytest
 from eclip.search.embed import Report
 from eclip.search.embed.__main__ import main
 from eclip.search.embed.parts import Parts
+from eclip.search.embed.store import WORK
 from tests.helpers import file_size_limit
 
 
@@ -79,4 +80,4 @@ def test_a_stop_is_one_line(
     assert main([str(flag) for flag in flags]) == 128 + signal.SIGTERM
     said = capsys.readouterr()
     assert (said.out + said.err).strip() == "SIGTERM: stopped; the same command goes on with what is done"
-    assert os.listdir(tmp_path / "index") == ["work"]
+    assert os.listdir(tmp_path / "index") == [WORK]

@@ -15,7 +15,8 @@ from eclip.dataloading.shards import ShardIndex
 from eclip.evaluate.extraction import extract_features
 from eclip.inference import TrainedModel
 from eclip.search.embed import Narrowing, Report, ShardCatalogue, TableCatalogue, embed_catalogue, record_of
-from eclip.search.embed.store import Place, connect
+from eclip.search.embed.store import WORK, Place, connect
+from tests.dataloading.fixtures import jpeg, make_split
 from tests.dataloading.shop import shop
 from tests.search.embed.conftest import DAMAGED, quiet
 
@@ -51,7 +52,7 @@ def test_every_image_is_there_once_with_its_facts(made: tuple[Path, Report], sha
             assert 0 <= x0 < x1 <= row["width"] and 0 <= y0 < y1 <= row["height"]
         with Image.open(io.BytesIO(row["thumbnail"])) as thumbnail:
             assert thumbnail.format == "JPEG" and max(thumbnail.size) == min(256, max(row["width"], row["height"]))
-    assert not (out / "work").exists()
+    assert not (out / WORK).exists()
     assert [(name, "header" in reason or "cannot" in reason) for name, reason in report.rejected] == [(DAMAGED, True)]
 
 
@@ -102,7 +103,7 @@ def test_a_complete_index_is_left_alone(made: tuple[Path, Report], model: Traine
         embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(made[0]))
     with pytest.raises(ValueError, match="holds an index"):
         embed_catalogue(model, ShardCatalogue(shards), quiet(made[0], dim=8))
-    assert {name: facts for name, facts in contents(made[0]).items() if not name.startswith("work/")} == before
+    assert {name: facts for name, facts in contents(made[0]).items() if not name.startswith(f"{WORK}/")} == before
 
 
 def test_an_index_is_replaced_when_the_new_one_is_complete(
@@ -161,6 +162,51 @@ def test_a_table_and_its_folder_need_no_packing(model: TrainedModel, tmp_path: P
     assert row["image"] == str(images.resolve() / "1-customer.png") and (row["width"], row["height"]) == (60, 40)
     assert json.loads(row["attributes"])["colour"] == "red"
     assert len(found) == 6 and {name for name, _ in report.rejected} == {"lost/lost.png", "outside/../table.csv"}
+
+
+@pytest.mark.parametrize("dim", [None, 8])
+def test_a_part_without_a_readable_image(model: TrainedModel, tmp_path: Path, dim: int | None) -> None:
+    """Of 65 images the last is a part of its own."""
+    make_split(
+        tmp_path, "test", products=1, images=65, image=lambda _, i: b"\xff\xd8\xff x" if i == 64 else jpeg(i, 48, 48)
+    )
+    report = embed_catalogue(model, ShardCatalogue(tmp_path), quiet(tmp_path / "index", dim=dim))
+    assert report is not None and (report.record["rows"], len(report.rejected)) == (64, 1)
+    assert len(rows(tmp_path / "index")) == 64
+
+
+def test_a_photo_that_was_replaced_is_another_catalogue(model: TrainedModel, tmp_path: Path) -> None:
+    table, images = shop(tmp_path, products=2)
+    out, kept = tmp_path / "index", tmp_path / "kept"
+    embed_catalogue(model, TableCatalogue(table, images), quiet(out, parquet=kept))
+    Image.new("RGB", (64, 64), "red").save(images / "1-detail.png")
+    with pytest.raises(ValueError, match="--overwrite, which replaces it"):
+        embed_catalogue(model, TableCatalogue(table, images), quiet(out, parquet=kept))
+    embed_catalogue(model, TableCatalogue(table, images), quiet(out, parquet=kept, overwrite=True))
+    (row,) = (row for row in rows(out) if row["id"].endswith("1-detail.png"))
+    assert (row["width"], row["height"]) == (64, 64)
+
+
+def test_ids_can_stand_in_an_address(tmp_path: Path) -> None:
+    _, images = shop(tmp_path, products=1)
+    table = tmp_path / "found.csv"
+    table.write_text("product,title,category,image\na,Red,x,./0-detail.png\nb,Blue,x,y/../0-detail.png\n")
+    assert [one.id for one in TableCatalogue(table, images).listings(0, 9)] == ["a/0-detail.png", "b/0-detail.png"]
+
+
+def test_folders_of_others_are_left_as_they_are(model: TrainedModel, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine").write_text("mine")
+    embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(tmp_path))
+    assert (tmp_path / "work" / "mine").read_text() == "mine" and not (tmp_path / WORK).exists()
+    for name, text in (("part-00000.parquet", "theirs"), ("manifest.json", "{\"files\": 3}")):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        changes = {"parquet": folder, "overwrite": True}
+        with pytest.raises(ValueError, match=f"{name}: no embedding wrote this"):
+            embed_catalogue(model, ShardCatalogue(shards, ["test"]), quiet(tmp_path / "other", **changes))
+        assert (folder / name).read_text() == text
 
 
 def test_an_image_listed_twice_has_two_ids(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_filters_hold_and_are_quoted(searcher: Searcher) -> None:
         return {h.product for h in searcher.search(Query(words="x", limit=99, filters=Filters(**filters))).hits}
 
     assert found(category=QUOTED) == {"p5", "p11"}
+    assert found(attributes={"seats": 5}) == {"p5"} and found(attributes={"folding": True}) == {"p5"}
     assert found(attributes={"colour": "red"}) == {"p0", "p3", "p6", "p9"}
     assert found(attributes={"maker": QUOTED}) == {"p5"}
     assert found(attributes={"maker": QUOTED, "colour": "red"}) == set()
@@ -166,6 +167,7 @@ def test_filters_hold_and_are_quoted(searcher: Searcher) -> None:
         ({"source": "details"}, "no source 'details' in the catalogue; near it: 'detail'"),
         ({"attributes": {"color": "red"}}, "no attribute 'color' in the catalogue; near it: 'colour'"),
         ({"attributes": {"colour": "Red"}}, "attribute 'colour' is never 'Red' in the catalogue; near it: 'red'"),
+        ({"attributes": {"seats": 6}}, "attribute 'seats' is never 6 in the catalogue; there are '2', '5'"),
     ],
 )
 def test_names_that_are_not_there(searcher: Searcher, filters: dict[str, Any], said: str) -> None:
