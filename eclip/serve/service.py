@@ -132,7 +132,7 @@ class Service:
 
     async def _row(self, image_id: str, columns: list[str]) -> dict[str, Any]:
         try:
-            return await asyncio.to_thread(self.searcher.table.find, image_id, columns)
+            return await asyncio.to_thread(self.searcher.row, image_id, columns)
         except NoSuchImage:
             raise Refusal(404, f"no image {image_id[:100]!r} in the index") from None
 

@@ -275,7 +275,7 @@ def test_a_damaged_index_is_the_servers_fault(
         raise UnreadableIndex("/srv/index: the index cannot be read (gone)")
 
     monkeypatch.setattr(service.searcher, "prepare", gone)
-    monkeypatch.setattr(service.searcher.table, "find", gone)
+    monkeypatch.setattr(service.searcher, "row", gone)
     for answer in (client.post("/search", json={"words": "x"}), client.get(f"/thumbnails/{ID}")):
         refused(answer, 500, "an error of the server's")
         assert "/srv" not in answer.text and "/srv/index" in caplog.text

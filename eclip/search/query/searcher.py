@@ -10,9 +10,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,9 @@ from eclip.search.query.filters import check_names, predicate
 from eclip.search.query.fusion import Candidate, fold, fuse
 from eclip.search.query.matching import MATCHED, find_words, locate_in, match_scores
 from eclip.search.query.query import Answer, Hit, Query
-from eclip.search.query.table import ImageTable, no_decoder
+from eclip.search.query.table import ImageTable, UnreadableIndex, no_decoder
 
+T = TypeVar("T")
 _FUSED = 50
 """Hits of each ranking that are fused, at least: a hit beyond them adds less than 1 / 110."""
 
@@ -65,7 +66,7 @@ class Searcher:
         began = time.perf_counter()
         asked = ask(self.model, prepared, self.table.columns)
         took = time.perf_counter() - began
-        return [self._answer(p, a, took) for p, a in zip(prepared, asked, strict=True)]
+        return [self._current(partial(self._answer, p, a, took)) for p, a in zip(prepared, asked, strict=True)]
 
     def prepare(self, query: Query, photo: Pixels | None = None) -> Prepared:
         """Check a question against this index and decode its photo: what can fail, fails here, with ValueError.
@@ -79,18 +80,22 @@ class Searcher:
             self.table.require_whole(MATCHED, "rerank")
         if query.hybrid:
             self.table.require_full_text()
-        check_names(query.filters, self.table.count, self.facets)
+        self._current(lambda: check_names(query.filters, self.table.count, self.facets))
         if photo is None:
             photo = decode(query, self.model.encoder.image_size)
         return Prepared(query, photo, time.perf_counter() - began)
 
     def facets(self) -> dict[str, Any]:
         """What can be filtered by: see `facets.read_facets`; read once."""
-        return self._facets
+        return self._current(lambda: self._facets)
 
     def thumbnail(self, image_id: str) -> bytes:
         """JPEG. Raises NoSuchImage."""
-        return bytes(self.table.find(image_id, ["thumbnail"])["thumbnail"])
+        return bytes(self.row(image_id, ["thumbnail"])["thumbnail"])
+
+    def row(self, image_id: str, columns: Sequence[str]) -> dict[str, Any]:
+        """Some columns of an image's row. Raises NoSuchImage."""
+        return self._current(lambda: self.table.find(image_id, columns))
 
     def locate(
         self, image_id: str, prompt: str | Picture, *, box: Box | None = None, limit: int = 5
@@ -99,12 +104,26 @@ class Searcher:
 
         It looks at the thumbnail. Raises NoSuchImage, and ValueError for an empty text or an exemplar that is no image.
         """
-        row = self.table.find(image_id, ["thumbnail", "width", "height"])
+        row = self.row(image_id, ["thumbnail", "width", "height"])
         return locate_in(self.model, row, prompt, box=box, limit=limit)
 
     @cached_property
     def _facets(self) -> dict[str, Any]:
         return read_facets(self.table)
+
+    def _current(self, work: Callable[[], T]) -> T:
+        """Once more with the index that is there now, where `eclip embed` replaced the one that was opened."""
+        try:
+            return work()
+        except UnreadableIndex as before:
+            try:
+                table = ImageTable.open(self.table.index)
+                table.check_model(self.model)
+            except ValueError as error:
+                raise UnreadableIndex(f"{before}; opened anew: {error}") from error
+            self.table = table
+            self.__dict__.pop("_facets", None)
+            return work()
 
     def _answer(self, prepared: Prepared, asked: Asked, model_seconds: float) -> Answer:
         query = prepared.query

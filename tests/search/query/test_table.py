@@ -1,16 +1,18 @@
 """An index that is none, damaged, empty or another model's is refused in a line; one of many rows finds enough."""
 
+import io
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from eclip.dataloading.packing import write_shards
 from eclip.inference import TrainedModel
 from eclip.search.query import Filters, Query, Searcher
-from eclip.search.query.table import ImageTable
+from eclip.search.query.table import ImageTable, UnreadableIndex
 from tests.search.conftest import make_index, product
 
 lancedb = pytest.importorskip("lancedb")
@@ -59,6 +61,23 @@ def test_a_damaged_table(tmp_path: Path, shop: Path, eclip_model: TrainedModel) 
     for file in (copy / "images.lance" / "_versions").iterdir():
         file.write_bytes(b"")
     assert "cannot be read" in refused(copy) or "no index here" in refused(copy)
+
+
+def test_an_index_that_was_replaced_is_opened_anew(
+    eclip_model: TrainedModel, plain: Searcher, shop_shards: Path, tmp_path: Path
+) -> None:
+    """As a server has it that runs on while eclip embed --overwrite makes a new one."""
+    out = make_index(eclip_model, shop_shards, tmp_path / "index")
+    searcher = Searcher(ImageTable.open(out), eclip_model)
+    query = Query(words="red sofa", fold=False)
+    before = [hit.id for hit in searcher.search(query).hits]
+    make_index(eclip_model, shop_shards, out, overwrite=True, thumbnail=32)
+    assert Image.open(io.BytesIO(searcher.thumbnail("test/k000/000.jpg"))).width == 32
+    assert [hit.id for hit in searcher.search(query).hits] == before and searcher.facets()["rows"] == 48
+    make_index(plain.model, shop_shards, out, overwrite=True)
+    with pytest.raises(UnreadableIndex, match="opened anew: .* not the model that made") as error:
+        searcher.search(query)
+    assert "\n" not in str(error.value)
 
 
 def test_another_model(trained: Path, shop: Path, plain: Searcher) -> None:
