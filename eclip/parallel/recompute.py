@@ -4,7 +4,8 @@
     selective   the results of linear layers and attention are kept too; norms, activations, residual sums, casts and
                 products of attention scores are computed again, which no GPU has to work hard for
 
-Names of parameters and modules stay, and so do results: what is computed twice is the same twice.
+Names of parameters and modules stay, and so do results: what is computed twice is the same twice. Under autocast,
+`selective` sums a weight's gradients of several passes in float32, where they are otherwise summed in bfloat16.
 """
 
 from functools import partial

@@ -141,6 +141,16 @@ print(f"rank {ranks.rank} done", flush=True)
 """
 
 
+def _learnt(model: ECLIP, start: ECLIP, name: str) -> torch.Tensor:
+    """By how much a parameter moved, without what no gradient moves: a constant added to all keys changes no softmax, and
+    Adam makes steps of the rounding errors that their bias has for a gradient."""
+    moved = model.get_parameter(name).detach() - start.get_parameter(name).detach()
+    if name.endswith("attn.qkv.bias"):
+        query, _, value = moved.chunk(3)
+        return torch.cat([query, value])
+    return moved
+
+
 def test_two_ranks_train_the_unlocked_blocks_as_one_does(twelve_products: Path, tmp_path: Path) -> None:
     output = run_torchrun(RANKS, str(twelve_products), str(tmp_path))
     assert "rank 1 done" in output
@@ -151,8 +161,8 @@ def test_two_ranks_train_the_unlocked_blocks_as_one_does(twelve_products: Path, 
     for shard in ("full", "none"):
         two = load_run(tmp_path / shard)[0]
         for name, parameter in start.named_parameters():
-            moved = one.get_parameter(name) - parameter
-            torch.testing.assert_close(two.get_parameter(name) - parameter, moved, rtol=0.05, atol=2e-6, msg=name)
+            moved = _learnt(one, start, name)
+            torch.testing.assert_close(_learnt(two, start, name), moved, rtol=0.05, atol=2e-6, msg=name)
             assert bool(moved.any()) == parameter.requires_grad, name
 
 
