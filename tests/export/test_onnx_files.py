@@ -71,6 +71,18 @@ def test_int8_files_are_close(tmp_path: Path) -> None:
         assert rounded.cosine is not None and 0.97 < rounded.cosine < 1
 
 
+def test_int8_files_hold_no_signed_weights(tmp_path: Path) -> None:
+    """AVX2's products of signed weights overflow; a CPU with VNNI would not show it in the cosine."""
+    import onnx
+
+    tokenizer = Tokenizer.train([*WORDS, *onnx_files._TEXTS], 128)
+    written = write_onnx(tmp_path / "onnx", made(), tokenizer, 12, decoder=True, int8=True)
+    for file in written[1::2]:
+        graph = onnx.load(tmp_path / "onnx" / file.name).graph
+        kinds = {each.data_type for each in graph.initializer if each.name.endswith("_quantized")}
+        assert kinds == {onnx.TensorProto.UINT8}, file.name
+
+
 def test_padding_changes_nothing(files: Path) -> None:
     from onnxruntime import InferenceSession
 

@@ -142,8 +142,8 @@ print(f"rank {ranks.rank} done", flush=True)
 
 
 def _learnt(model: ECLIP, start: ECLIP, name: str) -> torch.Tensor:
-    """By how much a parameter moved, without what no gradient moves: a constant added to all keys changes no softmax, and
-    Adam makes steps of the rounding errors that their bias has for a gradient."""
+    """By how much a parameter moved, without the keys' bias: a constant added to all keys changes no softmax, and Adam
+    makes steps of the rounding errors that this bias has for a gradient."""
     moved = model.get_parameter(name).detach() - start.get_parameter(name).detach()
     if name.endswith("attn.qkv.bias"):
         query, _, value = moved.chunk(3)
