@@ -61,7 +61,10 @@ def test_the_graphs_one_after_the_other_are_the_encoder(model: ECLIP, files: Pat
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-def test_int8_files_are_close(tmp_path: Path) -> None:
+def test_int8_files_are_close_on_every_cpu(tmp_path: Path) -> None:
+    """AVX2's products of signed weights overflow; a CPU with VNNI would not show it in the cosine."""
+    import onnx
+
     tokenizer = Tokenizer.train([*WORDS, *onnx_files._TEXTS], 128)
     written = write_onnx(tmp_path / "onnx", made(), tokenizer, 12, decoder=True, int8=True)
     assert [file.name for file in written[::2]] == ["image.onnx", "text.onnx", "decoder.onnx"]
@@ -69,18 +72,9 @@ def test_int8_files_are_close(tmp_path: Path) -> None:
         assert rounded.name == exact.name.replace(".onnx", ".int8.onnx")
         assert exact.cosine is None and rounded.error > exact.error
         assert rounded.cosine is not None and 0.97 < rounded.cosine < 1
-
-
-def test_int8_files_hold_no_signed_weights(tmp_path: Path) -> None:
-    """AVX2's products of signed weights overflow; a CPU with VNNI would not show it in the cosine."""
-    import onnx
-
-    tokenizer = Tokenizer.train([*WORDS, *onnx_files._TEXTS], 128)
-    written = write_onnx(tmp_path / "onnx", made(), tokenizer, 12, decoder=True, int8=True)
-    for file in written[1::2]:
-        graph = onnx.load(tmp_path / "onnx" / file.name).graph
+        graph = onnx.load(tmp_path / "onnx" / rounded.name).graph
         kinds = {each.data_type for each in graph.initializer if each.name.endswith("_quantized")}
-        assert kinds == {onnx.TensorProto.UINT8}, file.name
+        assert kinds == {onnx.TensorProto.UINT8}, rounded.name
 
 
 def test_padding_changes_nothing(files: Path) -> None:

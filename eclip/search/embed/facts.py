@@ -48,11 +48,16 @@ def facets(attributes: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def _values(value: Any) -> Iterator[str]:
+def facet_value(value: str | int | bool) -> str:
+    """A value as its facet says it."""
     if isinstance(value, bool):
-        yield "yes" if value else "no"
-    elif isinstance(value, int):
-        yield str(value)
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _values(value: Any) -> Iterator[str]:
+    if isinstance(value, int):
+        yield facet_value(value)
     elif isinstance(value, str):
         text = " ".join(value.split())
         if 0 < len(text) <= LONGEST_FACET:

@@ -79,12 +79,13 @@ class Parts:
     def start(self, *, overwrite: bool) -> None:
         """Make the folder, or take up what an earlier start left in it.
 
-        Raises ValueError for the work of another model, catalogue or other settings unless it may be overwritten.
+        Raises ValueError for the work of another model, catalogue or other settings unless it may be overwritten, and
+        for what no embedding wrote.
         """
         known = self._known()
-        foreign = sorted(self.folder.glob("part-*")) if known is None else [self.folder / MANIFEST]
-        if foreign and (known is None or (known and "data fingerprint" not in known)):
-            raise ValueError(f"{foreign[0]}: no embedding wrote this; move it away or choose another folder")
+        foreign = self._foreign(known)
+        if foreign is not None:
+            raise ValueError(f"{foreign}: no embedding wrote this; move it away or choose another folder")
         if known is not None and known != self.manifest:
             if not overwrite:
                 other = _difference(known, self.manifest)
@@ -108,6 +109,13 @@ class Parts:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _foreign(self, known: dict[str, Any] | None) -> Path | None:
+        """A file of another program's that a start would write over: a manifest, or parts without one."""
+        if known is None:
+            return min(self.folder.glob("part-*"), default=None)
+        ours = not known or "data fingerprint" in known  # empty: a manifest that cannot be read
+        return None if ours else self.folder / MANIFEST
 
     def absent(self) -> list[int]:
         """The parts that are still to be made; one that cannot be read or is of another making counts as absent."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from eclip.search.embed.facts import facet_value
 from eclip.search.query.query import Filters
 
 _SHOWN = 5
@@ -26,12 +27,7 @@ def has_source(name: str) -> str:
 
 def has_attribute(name: str, value: str | int | bool) -> str:
     """Rows of which an attribute has this value."""
-    return f"array_has(facets, {quoted(f'{name}={_as_facet(value)}')})"
-
-
-def _as_facet(value: str | int | bool) -> str:
-    """As eclip embed writes it."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return f"array_has(facets, {quoted(f'{name}={facet_value(value)}')})"
 
 
 def predicate(filters: Filters) -> str | None:
@@ -65,7 +61,7 @@ def check_names(filters: Filters, count: Callable[[str], int], facets: Callable[
         if name not in known:
             raise ValueError(f"no attribute {name!r} in the catalogue{_near(name, known)}")
         values = [entry["value"] for entry in known[name]]
-        raise ValueError(f"attribute {name!r} is never {value!r} in the catalogue{_near(_as_facet(value), values)}")
+        raise ValueError(f"attribute {name!r} is never {value!r} in the catalogue{_near(facet_value(value), values)}")
     if (filters.price_min is not None or filters.price_max is not None) and not count("price IS NOT NULL"):
         raise ValueError("the catalogue has no prices: leave price_min and price_max out")
 
